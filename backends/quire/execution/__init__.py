@@ -1,0 +1,1 @@
+"""Driving an engine: its inputs, its manifest, sampling, and one file per executor."""

@@ -1,0 +1,119 @@
+"""engine.json: what an engine is, what it needs, and what it may be asked for.
+
+`quire build` writes it beside the engine; whoever loads the engine reads it first and refuses one that
+does not fit. Unknown and missing fields are errors: the file is written by the same version that reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from quire.errors import ManifestError
+
+MANIFEST_VERSION = 1
+
+Runtime = Literal["openvino", "torch"]
+
+
+class ModelDimensions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The shape of the decoder, as far as whoever drives it has to know."""
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+
+
+class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Upper limits that the engine was built for; serving limits may be lower."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the numerics gate measured between the engine and the torch module."""
+
+    positions: int
+    max_abs_logit_error: float
+    max_abs_probability_error: float
+    top1_agreement: float
+    tolerance: float
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The contents of engine.json."""
+
+    version: int
+    model: ModelDimensions
+    block_size: int
+    """Tokens in one block of the KV pool."""
+    limits: EngineLimits
+    precision: str
+    runtime: Runtime
+    runtime_version: str
+    inputs: tuple[str, ...]
+    """Names of the step tensors that the engine takes, in the order of the engine contract."""
+    outputs: tuple[str, ...]
+    kv_bytes_per_block: int
+    """Bytes of the pool that one block takes over all layers, keys and values."""
+    checkpoint_digest: str
+    """SHA-256 over the checkpoint's files."""
+    files: dict[str, str]
+    """SHA-256 of each engine file, by its name beside engine.json."""
+    gate: GateReport
+
+
+def read_manifest(engine_dir: Path) -> Manifest:
+    """Read `engine_dir`/engine.json.
+
+    Raises:
+        ManifestError: the file is missing, is not such a manifest, or is of another version.
+    """
+    path = engine_dir / "engine.json"
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise ManifestError(f"cannot read {path}: {error.strerror}; build the engine with `quire build`") from None
+    except msgspec.DecodeError as error:
+        raise ManifestError(f"{path} is damaged ({error}); build the engine again with `quire build`") from None
+    if manifest.version != MANIFEST_VERSION:
+        raise ManifestError(
+            f"{path} has version {manifest.version}, this Quire reads version {MANIFEST_VERSION}; "
+            "build the engine again with `quire build`"
+        )
+    return manifest
+
+
+def write_manifest(manifest: Manifest, engine_dir: Path) -> None:
+    """Write `engine_dir`/engine.json, readable by people too."""
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (engine_dir / "engine.json").write_bytes(text + b"\n")
+
+
+def verify_files(manifest: Manifest, engine_dir: Path) -> None:
+    """Check the digest of every file that the manifest lists.
+
+    Raises:
+        ManifestError: a file is missing or has changed since the build.
+    """
+    for name, expected in manifest.files.items():
+        path = engine_dir / name
+        if not path.is_file():
+            raise ManifestError(f"{path} is missing; build the engine again with `quire build`")
+        if file_digest(path) != expected:
+            raise ManifestError(f"{path} has changed since it was built; build the engine again with `quire build`")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

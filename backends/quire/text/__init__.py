@@ -1,0 +1,1 @@
+"""Text on the way in and out: tokenizer, incremental detokenizer, stop strings. Stands alone."""
