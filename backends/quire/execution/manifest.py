@@ -82,9 +82,13 @@ def read_manifest(engine_dir: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
-        raise ManifestError(f"cannot read {path}: {error.strerror}; build the engine with `quire build`") from None
+        raise ManifestError(
+            f"cannot read {path}: {error.strerror}; build the engine with `quire build`"
+        ) from None
     except msgspec.DecodeError as error:
-        raise ManifestError(f"{path} is damaged ({error}); build the engine again with `quire build`") from None
+        raise ManifestError(
+            f"{path} is damaged ({error}); build the engine again with `quire build`"
+        ) from None
     if manifest.version != MANIFEST_VERSION:
         raise ManifestError(
             f"{path} has version {manifest.version}, this Quire reads version {MANIFEST_VERSION}; "
@@ -110,7 +114,9 @@ def verify_files(manifest: Manifest, engine_dir: Path) -> None:
         if not path.is_file():
             raise ManifestError(f"{path} is missing; build the engine again with `quire build`")
         if file_digest(path) != expected:
-            raise ManifestError(f"{path} has changed since it was built; build the engine again with `quire build`")
+            raise ManifestError(
+                f"{path} has changed since it was built; build the engine again with `quire build`"
+            )
 
 
 def file_digest(path: Path) -> str:

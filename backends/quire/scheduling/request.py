@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 from quire.scheduling.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length"]
 
 
 class RequestStatus(enum.IntEnum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from quire.scheduling.request import Request
+from quire.scheduling.request import FinishReason, Request
 
 
 @dataclass(slots=True)
@@ -16,6 +16,8 @@ class SchedulerOutput:
     """Tokens that each request computes in this step, at least 1."""
     num_computed_tokens: list[int] = field(default_factory=list)
     """Tokens of each request whose keys and values are in the cache before this step."""
+    sampling: list[int] = field(default_factory=list)
+    """Indices into `requests` of those that sample a token: this step computes their last known one."""
     total_num_scheduled_tokens: int = 0
     new_requests: list[Request] = field(default_factory=list)
     """Scheduled for the first time."""
@@ -31,9 +33,9 @@ class SchedulerOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """What one step brought to one request."""
+    """The token that one step brought to one request."""
 
-    request_id: str
-    new_token_ids: list[int]
-    finish_reason: str | None = None
-    """`stop`, `length`, `cancelled`, or None while the request goes on."""
+    request: Request
+    token_id: int
+    finish_reason: FinishReason | None = None
+    """None while the request goes on."""

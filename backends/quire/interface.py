@@ -1,0 +1,77 @@
+"""The tensors of the three Triton models, as data.
+
+`quire build` turns this into config.pbtxt; the components and the client take names and types from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DataType = Literal["BOOL", "UINT8", "INT32", "UINT64", "FP32", "STRING"]
+"""Triton's names; in config.pbtxt with `TYPE_` before them. STRING is BYTES on the wire."""
+
+BACKEND = "quire"
+LLM, SCHEDULER, ENGINE = "llm", "scheduler", "engine"
+"""Names of the models. Clients call `llm`; the other two answer only Quire's own processes."""
+
+ACCESS_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of a model: -1 in `dims` stands for any size."""
+
+    name: str
+    data_type: DataType
+    dims: tuple[int, ...] = (1,)
+    optional: bool = False
+
+
+LLM_INPUTS = (
+    TensorSpec("text_input", "STRING", optional=True),
+    TensorSpec("input_ids", "INT32", (-1,), optional=True),
+    TensorSpec("max_tokens", "INT32", optional=True),
+    TensorSpec("temperature", "FP32", optional=True),
+    TensorSpec("top_k", "INT32", optional=True),
+    TensorSpec("top_p", "FP32", optional=True),
+    TensorSpec("min_p", "FP32", optional=True),
+    TensorSpec("seed", "UINT64", optional=True),
+    TensorSpec("stop", "STRING", (-1,), optional=True),
+    TensorSpec("stream", "BOOL", optional=True),
+    TensorSpec("exclude_input_in_output", "BOOL", optional=True),
+)
+LLM_OUTPUTS = (
+    TensorSpec("text_output", "STRING"),
+    TensorSpec("output_ids", "INT32", (-1,)),
+    TensorSpec("finish_reason", "STRING"),
+    TensorSpec("num_input_tokens", "INT32"),
+    TensorSpec("num_output_tokens", "INT32"),
+)
+"""`finish_reason` and the counts come with the last response only."""
+
+SCHEDULER_INPUTS = (TensorSpec("access_key", "UINT8", (ACCESS_KEY_BYTES,)), TensorSpec("command", "STRING"))
+SCHEDULER_OUTPUTS = (TensorSpec("answer", "STRING"),)
+"""Commands: `statistics` (answered with JSON) and `drain` (answered once no request is left)."""
+
+STEP_INPUTS = (
+    TensorSpec("input_ids", "INT32", (-1,)),
+    TensorSpec("positions", "INT32", (-1,)),
+    TensorSpec("slot_mapping", "INT32", (-1,)),
+    TensorSpec("block_tables", "INT32", (-1, -1)),
+    TensorSpec("query_start_loc", "INT32", (-1,)),
+    TensorSpec("seq_lens", "INT32", (-1,)),
+    TensorSpec("logits_indices", "INT32", (-1,)),
+)
+"""The engine contract's inputs, in its order."""
+
+ENGINE_INPUTS = (
+    TensorSpec("access_key", "UINT8", (ACCESS_KEY_BYTES,)),
+    TensorSpec("step", "INT32"),
+    *STEP_INPUTS,
+)
+ENGINE_OUTPUTS = (
+    TensorSpec("logits", "FP32", (-1, -1)),
+    TensorSpec("pool_info", "INT32", (2,)),
+    TensorSpec("step", "INT32"),
+)
