@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from quire.scheduling.request import FinishReason
 from quire.scheduling.sampling_params import SamplingParams
 
 
@@ -49,7 +50,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     """A request's end within a step."""
 
     request_id: str
-    finish_reason: str
+    finish_reason: FinishReason
 
 
 class StepTokens(msgspec.Struct, frozen=True, array_like=True, tag="step"):

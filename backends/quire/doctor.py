@@ -1,0 +1,147 @@
+"""What `quire doctor` looks at: the parts that serving and building need, and the pairs that don't fit.
+
+The checks are the launcher's own, but the doctor goes through all of them instead of stopping at the
+first that fails. Each finding is a line of a table; one that keeps something from working has a remedy.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from quire import __version__
+from quire.errors import StartupError
+from quire.launcher import SHM_DIR
+from quire.triton_installation import backend_directory, find_triton
+
+SUPPORTED_PYTHONS = ((3, 11), (3, 12))
+SMALLEST_SHM_BYTES = 64 << 20
+"""Enough for a small model; the launcher computes what a given repository needs."""
+
+SERVING_PACKAGES = ("msgspec", "pyzmq", "tokenizers", "tritonclient")
+BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    state: str
+    remedy: str = ""
+    """What to do; empty where nothing has to be done."""
+
+
+def examine() -> list[Finding]:
+    """Look at everything. No server has to run and nothing is changed but the cache of backends."""
+    return [
+        Finding("quire", __version__),
+        *_python(),
+        *_triton(),
+        *(_package(name, f"pip install {name}") for name in SERVING_PACKAGES),
+        _openvino(),
+        *_build_packages(),
+        _shared_memory(),
+        Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"),
+        Finding("memory", f"{_available_memory_bytes() >> 20} MiB available"),
+    ]
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """Print the table, then what to do."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        mark = "[red]✗[/]" if finding.remedy else "[green]✓[/]"
+        table.add_row(mark, finding.subject, finding.state)
+    console.print(table)
+    for finding in findings:
+        if finding.remedy:
+            console.print(f"{finding.subject}: {finding.remedy}", style="bold", markup=False, soft_wrap=True)
+
+
+def _python() -> Iterator[Finding]:
+    state = f"{platform.python_version()} ({sys.executable})"
+    supported = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_PYTHONS)
+    fits = sys.version_info[:2] in SUPPORTED_PYTHONS
+    yield Finding("python", state, "" if fits else f"use Python {supported}")
+
+
+def _triton() -> Iterator[Finding]:
+    numpy = _version("numpy")
+    try:
+        triton = find_triton()
+    except StartupError as error:
+        yield Finding("tritonserver", "not usable", str(error))
+        yield _package("numpy", "pip install 'numpy<2'")
+        return
+    yield Finding("tritonserver", f"{triton.version or 'unknown version'} ({triton.binary})")
+    if numpy is None:
+        yield _package("numpy", "pip install 'numpy<2'")
+    else:
+        try:
+            triton.check_numpy(numpy)
+            yield Finding("numpy", numpy)
+        except StartupError as error:
+            yield Finding("numpy", f"{numpy} does not fit tritonserver", str(error))
+    try:
+        yield Finding("backends", str(backend_directory(triton)))
+    except StartupError as error:
+        yield Finding("backends", "cannot be put together", str(error))
+
+
+def _openvino() -> Finding:
+    """OpenVINO is pinned exactly: the inputs of its paged attention change between releases."""
+    pinned = next(
+        match[1]
+        for requirement in importlib.metadata.requires("quire") or ()
+        if (match := re.match(r"openvino==([\w.]+)", requirement))
+    )
+    installed = _version("openvino")
+    if installed is None:
+        return Finding("openvino", "not installed", "pip install 'quire[cpu]'")
+    if installed == pinned:
+        return Finding("openvino", installed)
+    return Finding("openvino", f"{installed}, built for {pinned}", f"pip install openvino=={pinned}")
+
+
+def _build_packages() -> Iterator[Finding]:
+    for name in BUILD_PACKAGES:
+        yield Finding(name, _version(name) or "not installed; only `quire build` needs it")
+
+
+def _shared_memory() -> Finding:
+    usage = shutil.disk_usage(SHM_DIR)
+    state = f"{usage.free >> 20} of {usage.total >> 20} MiB free"
+    if usage.free >= SMALLEST_SHM_BYTES:
+        return Finding(str(SHM_DIR), state)
+    return Finding(
+        str(SHM_DIR),
+        state,
+        f"make at least {SMALLEST_SHM_BYTES >> 20} MiB of it free (docker run --shm-size=1g, in Kubernetes "
+        "a memory emptyDir)",
+    )
+
+
+def _package(name: str, remedy: str) -> Finding:
+    version = _version(name)
+    return Finding(name, version) if version is not None else Finding(name, "not installed", remedy)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _available_memory_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

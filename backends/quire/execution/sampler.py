@@ -1,0 +1,173 @@
+"""From logits to token ids, for a whole batch at once.
+
+A token is drawn by inverting the cumulative distribution of the candidates, ordered by descending
+probability and among equals by smaller id, at the one uniform number that `philox` gives for the request's
+seed and output index. Filters apply in vLLM's order: temperature, min_p, top_k, top_p, each to the
+probabilities as the one before left them, renormalised. A row's token depends on that row alone, bit for
+bit: in whatever batch it stands, the same operations run on it in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.errors import EngineStepError
+from quire.execution.philox import uniforms
+
+SMALLEST_TEMPERATURE = 1e-5
+"""Temperatures between 0 and this one count as this one: its inverse is still a number."""
+
+CUTS = (2.0**-8, 2.0**-12, 2.0**-18, 0.0)
+"""Candidates are looked for among those with at least this weight, relative to the best one's; rows that
+these do not decide go on to the next cut, and the last takes the whole vocabulary."""
+
+ELEMENTS_AT_ONCE = 1 << 18
+"""Logits worked on together, so that the intermediate arrays stay in the processor's cache."""
+
+
+@dataclass(slots=True)
+class SamplingBatch:
+    """How the tokens of N rows of logits are chosen; every array is [N]."""
+
+    inverse_temperature: NDArray[np.float32]
+    """0 is greedy."""
+    top_k: NDArray[np.int64]
+    """0 keeps all."""
+    top_p: NDArray[np.float64]
+    min_p: NDArray[np.float64]
+    seed: NDArray[np.uint64]
+    output_index: NDArray[np.int64]
+    """Tokens that the request's output already has."""
+
+    def rows(self, rows: NDArray[np.intp]) -> SamplingBatch:
+        """The same for some of the rows."""
+        return SamplingBatch(
+            self.inverse_temperature[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+            self.min_p[rows],
+            self.seed[rows],
+            self.output_index[rows],
+        )
+
+
+class Sampler:
+    """Chooses the next token of each row."""
+
+    def sample(self, logits: NDArray[np.float32], sampling: SamplingBatch) -> NDArray[np.int32]:
+        """Choose one token per row.
+
+        Args:
+            logits: [N, vocab_size]; minus infinity excludes a token.
+            sampling: parameters of the N rows.
+
+        Returns:
+            [N] token ids.
+
+        Raises:
+            EngineStepError: a row holds NaN or plus infinity, or nothing but minus infinity.
+        """
+        token_ids = logits.argmax(axis=1)
+        best = np.take_along_axis(logits, token_ids[:, None], axis=1)
+        if not np.isfinite(best).all():  # argmax stops at a NaN, so a row's best logit shows it
+            row = int(np.flatnonzero(~np.isfinite(best))[0])
+            raise EngineStepError(f"the best logit of row {row} is {best[row, 0]}; it must be a finite number")
+        drawn = np.flatnonzero(sampling.inverse_temperature)
+        rows_at_once = max(1, ELEMENTS_AT_ONCE // logits.shape[1])
+        for start in range(0, len(drawn), rows_at_once):
+            rows = drawn[start : start + rows_at_once]
+            chosen = sampling.rows(rows)
+            weights = (logits[rows] - best[rows]) * chosen.inverse_temperature[:, None]
+            np.exp(weights, out=weights)
+            token_ids[rows] = _draw(weights, chosen)
+        return token_ids.astype(np.int32)
+
+
+def _draw(weights: NDArray[np.float32], sampling: SamplingBatch) -> NDArray[np.int64]:
+    """Draw one id per row from unnormalised probabilities [N, vocab_size] whose best is 1."""
+    totals = weights.astype(np.float64).sum(axis=1)
+    points = uniforms(sampling.seed, sampling.output_index).astype(np.float64)
+    drawn = np.empty(len(weights), dtype=np.int64)
+    undecided = np.arange(len(weights))
+    for cut in CUTS:
+        ids, decided = _draw_above(
+            cut, weights[undecided], totals[undecided], points[undecided], sampling.rows(undecided)
+        )
+        drawn[undecided[decided]] = ids[decided]
+        undecided = undecided[~decided]
+        if not len(undecided):
+            break
+    return drawn
+
+
+def _draw_above(
+    cut: float,
+    weights: NDArray[np.float32],
+    totals: NDArray[np.float64],
+    points: NDArray[np.float64],
+    sampling: SamplingBatch,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Draw among the candidates of weight `cut` and more.
+
+    They are the first ones of the descending order, so whatever they decide, all candidates would decide
+    the same way.
+
+    Returns:
+        [N] ids and [N] whether the row is decided; the ids of other rows mean nothing.
+    """
+    ids, ordered, num_known = _descending(weights, cut)
+    cumulative = np.cumsum(ordered, axis=1, dtype=np.float64)
+    known_mass = cumulative[:, -1]
+    vocab_size = weights.shape[1]
+
+    top_k = np.where(sampling.top_k > 0, np.minimum(sampling.top_k, vocab_size), vocab_size)
+    by_min_p = sampling.min_p > 0
+    num_likely = np.where(by_min_p, (ordered >= sampling.min_p[:, None]).sum(axis=1), num_known)
+    num_kept = np.minimum(num_likely, top_k)
+    restricted = by_min_p | (top_k < vocab_size)
+    kept_known = (top_k <= num_known) | (by_min_p & (sampling.min_p >= cut)) | (num_known == vocab_size)
+    mass = np.where(restricted, _mass_of_first(num_kept, cumulative), totals)
+
+    by_top_p = sampling.top_p < 1
+    nucleus_mass = sampling.top_p * mass
+    num_nucleus = np.minimum(1 + (cumulative < nucleus_mass[:, None]).sum(axis=1), num_kept)
+    nucleus_known = ~by_top_p | kept_known | (known_mass >= nucleus_mass)
+    num_kept = np.where(by_top_p, num_nucleus, num_kept)
+    mass = np.where(by_top_p, _mass_of_first(num_kept, cumulative), mass)
+
+    target = points * mass
+    index = (cumulative <= target[:, None]).sum(axis=1)
+    decided = (kept_known | ~restricted) & nucleus_known & ((target < known_mass) | kept_known)
+    index = np.minimum(index, num_kept - 1)
+    return np.take_along_axis(ids, index[:, None], axis=1)[:, 0], decided
+
+
+def _descending(
+    weights: NDArray[np.float32], cut: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+    """Candidates of at least a weight, by descending weight and then by ascending id.
+
+    Returns:
+        [N, K] ids, [N, K] weights, padded with weight 0 to the longest row, and [N] candidates per row.
+    """
+    rows, ids = np.divmod(np.flatnonzero(weights >= cut), weights.shape[1])
+    counts = np.bincount(rows, minlength=len(weights))
+    starts = np.cumsum(counts) - counts
+    columns = np.arange(len(rows)) - starts[rows]
+    # The bits of a float32 that is not negative are ordered as its value is. With the bits' complement
+    # above the id, one ascending sort of integers gives the order, ties included.
+    bits = weights[rows, ids].view(np.uint32).astype(np.uint64)
+    keys = np.full((len(weights), counts.max()), np.iinfo(np.uint64).max)
+    keys[rows, columns] = ((np.uint64(0xFFFFFFFF) - bits) << np.uint64(32)) | ids.astype(np.uint64)
+    keys.sort(axis=1)
+    ordered = (~keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64), ordered, counts
+
+
+def _mass_of_first(count: NDArray[np.int64], cumulative: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weight [N] of each row's first `count` candidates."""
+    last = np.clip(count - 1, 0, cumulative.shape[1] - 1)
+    return np.take_along_axis(cumulative, last[:, None], axis=1)[:, 0]

@@ -1,0 +1,221 @@
+"""From a model repository and the operator's settings to the command that serves it.
+
+`plan_launch` checks everything that can be checked before a server starts, each failure a `StartupError`
+of one sentence, and returns the command with its environment. Running that command is
+`server_process`'s business; it can as well be pasted into a shell.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shlex
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from quire.errors import StartupError
+from quire.execution.manifest import Manifest, read_manifest
+from quire.interface import ENGINE, LLM, SCHEDULER
+from quire.settings import ENVIRONMENT_PREFIX, ServingSettings
+from quire.triton_installation import TritonInstallation, backend_directory, find_triton
+
+SHM_DIR = Path("/dev/shm")
+SHM_PREFIX = "triton_python_backend_shm_region_"
+"""How Triton names its shared-memory files; the launcher adds a part of its own to know this server's."""
+SHM_BYTES_PER_PROCESS = 4 << 20
+"""Room for the tensors of requests and responses; logits come on top."""
+
+SERVER_EXIT_TIMEOUT_S = 5
+"""How long Triton waits for requests and open streams after SIGTERM; they were drained before."""
+STUB_TIMEOUT_S = 600
+"""How long a component may take to load; Triton's 30 s are too short for a large engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the server listens."""
+
+    address: str = "127.0.0.1"
+    grpc_port: int = 8001
+    http_port: int = 8000
+    metrics_port: int = 8002
+
+    @property
+    def local_address(self) -> str:
+        """An address under which this machine reaches the server."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)
+
+    def local_url(self, port: int) -> str:
+        """`host:port` for a client on this machine."""
+        host = f"[{self.local_address}]" if ":" in self.local_address else self.local_address
+        return f"{host}:{port}"
+
+    def check_free(self) -> None:
+        """Check that every port can be listened on, and that no two are the same.
+
+        Raises:
+            StartupError: a port is taken, or the address isn't this machine's.
+        """
+        ports = {"gRPC": self.grpc_port, "HTTP": self.http_port, "metrics": self.metrics_port}
+        for purpose, port in ports.items():
+            flag = f"--{purpose.lower()}-port"
+            if list(ports.values()).count(port) > 1:
+                raise StartupError(f"port {port} is given for two purposes; choose another with {flag}")
+            family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((self.address, port))
+                except (OSError, OverflowError) as error:
+                    reason = error.strerror if isinstance(error, OSError) else str(error)
+                    raise StartupError(
+                        f"cannot listen on {self.address} port {port} for {purpose} ({reason}); "
+                        f"choose another port with {flag} or stop what uses it"
+                    ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """A server start, checked and ready to be carried out."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    """Variables that differ from this process's."""
+    endpoints: Endpoints
+    shm_prefix: str
+    """What the names of this server's files in /dev/shm begin with."""
+
+    def shell_line(self) -> str:
+        """The command as a line for a POSIX shell."""
+        assignments = [f"{name}={value}" for name, value in sorted(self.environment.items())]
+        return shlex.join(["env", *assignments, *self.argv])
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """What the operator chose."""
+
+    repository: Path
+    endpoints: Endpoints = field(default_factory=Endpoints)
+    settings: Mapping[str, int] = field(default_factory=dict)
+    """Fields of `ServingSettings` given for this start; the others come from the repository."""
+
+
+def plan_launch(options: LaunchOptions) -> LaunchPlan:
+    """Check machine, repository and settings, and work out the command.
+
+    Raises:
+        StartupError: the sentence says what is wrong and what to do.
+    """
+    manifest = check_repository(options.repository)
+    chosen = {ENVIRONMENT_PREFIX + name.upper(): str(value) for name, value in options.settings.items()}
+    settings = _resolved_settings(options.repository, chosen).within(manifest.limits)
+    triton = find_triton()
+    triton.check_numpy(importlib.metadata.version("numpy"))
+    options.endpoints.check_free()
+    check_shared_memory(manifest, settings)
+    shm_prefix = f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
+    return LaunchPlan(
+        argv=_arguments(triton, options, shm_prefix),
+        environment=_environment(triton) | chosen,
+        endpoints=options.endpoints,
+        shm_prefix=shm_prefix,
+    )
+
+
+def check_repository(repository: Path) -> Manifest:
+    """Check that a repository is complete, and return its engine's manifest.
+
+    Raises:
+        StartupError: a file is missing or engine.json is damaged.
+    """
+    if not repository.is_dir():
+        raise StartupError(
+            f"there is no model repository at {repository}; "
+            f"make one with `quire build CHECKPOINT --output {repository}`"
+        )
+    for model in (LLM, SCHEDULER, ENGINE):
+        for needed in (repository / model / "config.pbtxt", repository / model / "1"):
+            if not needed.exists():
+                raise StartupError(
+                    f"{needed} is missing; build the repository with "
+                    f"`quire build CHECKPOINT --output {repository}`"
+                )
+    return read_manifest(repository / ENGINE / "1")
+
+
+def check_shared_memory(manifest: Manifest, settings: ServingSettings) -> None:
+    """Check that /dev/shm holds the tensors that Triton's processes pass to each other.
+
+    Raises:
+        StartupError: it is smaller than one step's logits, sent by the engine and read by the scheduler,
+            and the small tensors need.
+    """
+    logits_bytes = 4 * settings.max_num_seqs * manifest.model.vocab_size
+    needed = 2 * logits_bytes + 4 * SHM_BYTES_PER_PROCESS
+    free = shutil.disk_usage(SHM_DIR).free
+    if free < needed:
+        raise StartupError(
+            f"{SHM_DIR} has {free >> 20} MiB free and serving needs {needed >> 20} MiB; enlarge it (docker "
+            "run --shm-size, in Kubernetes a memory emptyDir) or lower --max-num-seqs"
+        )
+
+
+def _resolved_settings(repository: Path, chosen: Mapping[str, str]) -> ServingSettings:
+    """The settings as the components will read them.
+
+    Raises:
+        StartupError: the scheduler's config.pbtxt is damaged or a setting is malformed.
+    """
+    path = repository / SCHEDULER / "config.pbtxt"
+    try:
+        config = text_format.Parse(path.read_text(), ModelConfig())
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise StartupError(f"{path} is damaged ({error}); build the repository again") from error
+    parameters = {name: parameter.string_value for name, parameter in config.parameters.items()}
+    return ServingSettings.read(parameters, {**os.environ, **chosen})
+
+
+def _arguments(triton: TritonInstallation, options: LaunchOptions, shm_prefix: str) -> tuple[str, ...]:
+    endpoints = options.endpoints
+    return (
+        str(triton.binary),
+        f"--model-repository={options.repository.resolve()}",
+        f"--backend-directory={backend_directory(triton)}",
+        "--disable-auto-complete-config",
+        f"--grpc-address={endpoints.address}",
+        f"--grpc-port={endpoints.grpc_port}",
+        f"--http-address={endpoints.address}",
+        f"--http-port={endpoints.http_port}",
+        f"--metrics-address={endpoints.address}",
+        f"--metrics-port={endpoints.metrics_port}",
+        "--allow-gpu-metrics=false",
+        f"--exit-timeout-secs={SERVER_EXIT_TIMEOUT_S}",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        f"--backend-config=python,stub-timeout-seconds={STUB_TIMEOUT_S}",
+        "--backend-config=python,thread-pool-size=8",
+    )
+
+
+def _environment(triton: TritonInstallation) -> dict[str, str]:
+    """The variables that the stubs need; a stub runs as whatever `python3` comes first on PATH."""
+    search_paths = {
+        "PATH": (Path(sys.executable).parent,),
+        "LD_LIBRARY_PATH": triton.library_dirs,
+        "PYTHONPATH": (Path(__file__).resolve().parent.parent,),
+    }
+    return {name: _prepended(name, *folders) for name, folders in search_paths.items() if folders}
+
+
+def _prepended(variable: str, *folders: Path) -> str:
+    """A search path's value with these folders first."""
+    present = [part for part in os.environ.get(variable, "").split(os.pathsep) if part]
+    return os.pathsep.join(dict.fromkeys([*map(str, folders), *present]))

@@ -1,0 +1,106 @@
+"""The server's output, cut down to what an operator wants to see.
+
+While models load, everything is held back: if loading fails, one sentence is made from the first line that
+names a cause. Once the server is ready, warnings, errors and whatever isn't Triton's own log go through.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import IO
+
+NUM_LAST_LINES = 20
+
+_LOG_LINE = re.compile(
+    r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?P<source>[\w.]+:\d+)\] +(?P<text>.*)"
+)
+_LOAD_FAILURE = re.compile(r'"?failed to load \'(?P<model>\w+)\' version \d+: (?P<cause>.*)')
+_TABLE = re.compile(r"[+|].*[+|]|")
+_NO_GPU = re.compile(r"CudaDriverHelper|pinned memory pool will not be available")
+"""Complaints of a server that looks for a GPU and finds none."""
+_PREFIXES = re.compile(
+    r"^(?:(?:Internal|Invalid argument|Unsupported|Unavailable|Unknown|TritonModelException): )*"
+)
+
+
+class ServerLog:
+    """Reads the server's output until its end.
+
+    Args:
+        write: takes each line that the operator should see, without its newline.
+        verbose: whether that is every line.
+    """
+
+    def __init__(self, write: Callable[[str], None], *, verbose: bool = False) -> None:
+        self._write = write
+        self._verbose = verbose
+        self._loaded = False
+        self._load_failure: str | None = None
+        self._first_error: str | None = None
+        self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
+        self._reader: threading.Thread | None = None
+
+    def follow(self, output: IO[bytes], *, on_load_failure: Callable[[], None]) -> None:
+        """Read `output` on a thread of its own; `on_load_failure` is called when a model fails to load."""
+
+        def read() -> None:
+            for raw in output:
+                failed_before = self._load_failure is not None
+                self._take(raw.decode(errors="replace").rstrip("\n"))
+                if self._load_failure is not None and not failed_before:
+                    on_load_failure()
+
+        self._reader = threading.Thread(target=read, name="server-log", daemon=True)
+        self._reader.start()
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Wait until the output has been read to its end."""
+        if self._reader is not None:
+            self._reader.join(timeout_s)
+
+    def loaded(self) -> None:
+        """From now on, lines go through."""
+        self._loaded = True
+
+    def failure(self) -> str:
+        """Why the server did not start, in one sentence."""
+        if self._load_failure is not None:
+            return self._load_failure
+        if self._first_error is not None:
+            return self._first_error
+        last = next((line for line in reversed(self._last_lines) if line), "it printed nothing")
+        return f"the server ended before it was ready; its last line: {last}"
+
+    def _take(self, line: str) -> None:
+        entry = _LOG_LINE.fullmatch(line)
+        if entry is not None and self._load_failure is None:
+            self._note_failure(entry)
+        elif entry is None and line.startswith("error: ") and self._first_error is None:
+            self._first_error = line.removeprefix("error: ")
+        self._last_lines.append(line)
+        if self._verbose or (self._loaded and _matters(line, entry)):
+            self._write(line)
+
+    def _note_failure(self, entry: re.Match[str]) -> None:
+        failure = _LOAD_FAILURE.match(entry["text"])
+        if failure is not None:
+            self._load_failure = f"{failure['model']}: {_first_sentence(failure['cause'])}"
+        elif (
+            entry["level"] in "EF" and self._first_error is None and not _NO_GPU.search(line := entry["text"])
+        ):
+            self._first_error = line.strip('"')
+
+
+def _matters(line: str, entry: re.Match[str] | None) -> bool:
+    if entry is not None:
+        return entry["level"] in "WEF" and not _NO_GPU.search(line)
+    return not _TABLE.fullmatch(line)
+
+
+def _first_sentence(cause: str) -> str:
+    """An exception's message as Triton logs it, without the classes before it and the traceback after it."""
+    text = cause.rstrip('"').split("\\n\\nAt:")[0].replace('\\"', '"').replace("\\n", " ")
+    return _PREFIXES.sub("", text).strip()

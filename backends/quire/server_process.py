@@ -1,0 +1,225 @@
+"""One run of a server: start it, wait until it is ready, and stop it so that nothing is left.
+
+The server runs in a session of its own, because Ctrl-C in a terminal reaches every process of the
+foreground group and the components must live on until they have finished their requests. A first SIGINT
+or SIGTERM drains: the scheduler takes no new requests and answers when the last one has ended; then the
+server gets SIGTERM, and what still lives at the end of the exit timeout is killed. A second signal kills
+at once. Works as process 1 of a container too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+
+from quire.draining import drain
+from quire.errors import QuireError, StartupError
+from quire.launcher import SERVER_EXIT_TIMEOUT_S, SHM_DIR, LaunchPlan
+from quire.server_log import ServerLog
+from quire.serving.rendezvous import Rendezvous
+
+READY_POLL_S = 0.1
+LOG_TIMEOUT_S = 0.5
+REAP_TIMEOUT_S = 5.0
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class _Event(enum.Enum):
+    STOP = enum.auto()
+    EXITED = enum.auto()
+    LOAD_FAILED = enum.auto()
+    DRAINED = enum.auto()
+
+
+class _StopAtOnceError(Exception):
+    """A second signal came."""
+
+
+class ServerProcess:
+    """A server started from a plan. `run` does it all, in the main thread.
+
+    Args:
+        plan: what to start.
+        exit_timeout_s: seconds from the first signal until nothing is left.
+        log: takes the server's output.
+        report: called with one line for the operator at each stage.
+    """
+
+    def __init__(
+        self, plan: LaunchPlan, *, exit_timeout_s: float, log: ServerLog, report: Callable[[str], None]
+    ) -> None:
+        self._plan = plan
+        self._exit_timeout_s = exit_timeout_s
+        self._log = log
+        self._report = report
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._libc = ctypes.CDLL(None)
+
+    def run(self) -> None:
+        """Serve until a signal comes, then stop.
+
+        Raises:
+            StartupError: the server did not get ready.
+            QuireError: it ended by itself.
+        """
+        # Stubs whose server was killed become children of this process, which collects them.
+        self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        with _signals_call(lambda: self._events.put(_Event.STOP)):
+            process = self._spawn()
+            rendezvous = None
+            try:
+                rendezvous = Rendezvous.for_server(process.pid)
+                if self._wait_until_ready(process):
+                    self._serve(process, rendezvous.access_key)
+            except _StopAtOnceError:
+                self._report("killing the server")
+            finally:
+                self._leave_nothing(process, rendezvous)
+        self._report("stopped")
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            self._plan.argv,
+            env={**os.environ, **self._plan.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A launcher that was killed cannot stop its server any more.
+            preexec_fn=lambda: self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        )
+        assert process.stdout is not None
+        self._log.follow(process.stdout, on_load_failure=lambda: self._events.put(_Event.LOAD_FAILED))
+        threading.Thread(target=self._announce_exit, args=(process,), daemon=True).start()
+        return process
+
+    def _announce_exit(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self._events.put(_Event.EXITED)
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether the server got ready; False where a signal came first."""
+        self._report("loading the models")
+        while not self._ready():
+            match self._next_event(READY_POLL_S):
+                case _Event.STOP:
+                    return False
+                case _Event.LOAD_FAILED | _Event.EXITED:
+                    self._log.wait_for_end(LOG_TIMEOUT_S)
+                    raise StartupError(self._log.failure())
+                case _:
+                    pass
+        self._log.loaded()
+        return True
+
+    def _ready(self) -> bool:
+        endpoints = self._plan.endpoints
+        url = f"http://{endpoints.local_url(endpoints.http_port)}/v2/health/ready"
+        try:
+            with _direct_http.open(url, timeout=2) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _serve(self, process: subprocess.Popen[bytes], access_key: bytes) -> None:
+        endpoints = self._plan.endpoints
+        self._report(
+            f"ready: gRPC {endpoints.local_url(endpoints.grpc_port)}, "
+            f"HTTP {endpoints.local_url(endpoints.http_port)}, "
+            f"metrics {endpoints.local_url(endpoints.metrics_port)}/metrics; Ctrl-C stops"
+        )
+        if self._next_event() is _Event.EXITED:
+            raise QuireError(f"the server ended by itself with exit status {process.returncode}")
+        deadline = time.monotonic() + self._exit_timeout_s
+        self._drain(access_key, deadline - SERVER_EXIT_TIMEOUT_S)
+        self._report("stopping the server")
+        process.terminate()
+        self._wait_for(_Event.EXITED, deadline)
+
+    def _drain(self, access_key: bytes, deadline: float) -> None:
+        """Let the requests that are under way finish, as far as there is time."""
+        self._report("draining: no new requests; Ctrl-C again to kill")
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            return
+        endpoints = self._plan.endpoints
+        url = endpoints.local_url(endpoints.grpc_port)
+
+        def ask_scheduler() -> None:
+            try:
+                drain(url, access_key, timeout_s=remaining_s)
+            except QuireError as error:
+                self._report(f"draining failed: {error}")
+            self._events.put(_Event.DRAINED)
+
+        threading.Thread(target=ask_scheduler, daemon=True).start()
+        self._wait_for(_Event.DRAINED, deadline)
+
+    def _wait_for(self, awaited: _Event, deadline: float) -> None:
+        """Wait for an event, the server's exit or the deadline, whichever is first."""
+        while (remaining_s := deadline - time.monotonic()) > 0:
+            match self._next_event(remaining_s):
+                case _Event.STOP:
+                    raise _StopAtOnceError
+                case _Event.EXITED:
+                    self._events.put(_Event.EXITED)
+                    return
+                case event if event is awaited:
+                    return
+
+    def _next_event(self, timeout_s: float | None = None) -> _Event | None:
+        try:
+            return self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def _leave_nothing(self, process: subprocess.Popen[bytes], rendezvous: Rendezvous | None) -> None:
+        """Kill what is left of the server's group, and remove its shared memory and rendezvous folder."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + REAP_TIMEOUT_S
+        while _collect_group(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if rendezvous is not None:
+            rendezvous.remove()
+        for leftover in SHM_DIR.glob(f"{self._plan.shm_prefix}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def _collect_group(group: int) -> bool:
+    """Collect the ended children of a process group; whether any is left."""
+    try:
+        while os.waitpid(-group, os.WNOHANG) != (0, 0):
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+_direct_http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""An HTTP client that ignores proxy variables: the server is on this machine."""
+
+
+@contextlib.contextmanager
+def _signals_call(handler: Callable[[], None]) -> Iterator[None]:
+    """Call `handler` on SIGINT and SIGTERM. `SimpleQueue.put` may be called there: it is reentrant."""
+    previous = {
+        number: signal.signal(number, lambda *_: handler()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)

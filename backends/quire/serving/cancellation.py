@@ -1,0 +1,82 @@
+"""Finds out which clients have gone: asks request by request, spread evenly over time.
+
+Triton tells a Python model of a closed stream only when asked, and asking is a round trip to the server's
+process. So each request is asked about once in `POLL_INTERVAL_S`, a few at a time, off the tokens' path.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+POLL_INTERVAL_S = 0.2
+"""From one question about a request to the next."""
+TICK_S = 0.02
+"""From one group of questions to the next."""
+
+
+class Cancellable(Protocol):
+    """A request that its client may have given up."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to cancel."""
+
+    def is_cancelled(self) -> bool:
+        """Ask whether the client has gone; a round trip."""
+
+
+Watched = TypeVar("Watched", bound=Cancellable)
+
+
+class CancellationPoller(Generic[Watched]):
+    """A thread that finds requests whose clients have gone.
+
+    Args:
+        cancel: ends such a request; called once for each.
+    """
+
+    def __init__(self, cancel: Callable[[Watched], None]) -> None:
+        self._cancel = cancel
+        self._watched: deque[Watched] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="cancellation", daemon=True)
+        self._thread.start()
+
+    def watch(self, request: Watched) -> None:
+        """Ask about `request` from time to time until it has ended."""
+        with self._changed:
+            self._watched.append(request)
+            self._changed.notify()
+
+    def close(self, timeout_s: float) -> None:
+        """End the thread, waiting at most `timeout_s` seconds for it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while self._wait_for_turn():
+            for _ in range(math.ceil(len(self._watched) * TICK_S / POLL_INTERVAL_S)):
+                self._ask_about_next()
+
+    def _wait_for_turn(self) -> bool:
+        """Wait for a request, then for the next tick; False once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._watched)
+            self._changed.wait_for(lambda: self._closed, timeout=TICK_S)
+            return not self._closed
+
+    def _ask_about_next(self) -> None:
+        request = self._watched.popleft()
+        if request.ended:
+            return
+        if request.is_cancelled():
+            self._cancel(request)
+        else:
+            self._watched.append(request)

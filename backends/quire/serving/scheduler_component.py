@@ -1,0 +1,82 @@
+"""The scheduler component: what Triton loads as the model `scheduler`, one instance for all frontends.
+
+Puts together the step loop, the engine core and the channel to the frontends. Triton's own requests to
+this model are for control only, and need the access key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from quire.engine_core import EngineCore
+from quire.errors import InvalidRequestError, QuireError
+from quire.execution.executor import PoolInfo
+from quire.execution.manifest import Manifest, read_manifest
+from quire.execution.sampler import Sampler
+from quire.interface import ENGINE
+from quire.scheduling.scheduler import Scheduler, SchedulerConfig
+from quire.serving.channel import SchedulerChannel
+from quire.serving.component import ComponentArguments, join_server
+from quire.serving.step_loop import StepLoop
+from quire.serving.tensors import (
+    Arrays,
+    check_access,
+    error_response,
+    input_arrays,
+    response,
+    string_array,
+)
+from quire.serving.triton_executor import TritonExecutor
+from quire.settings import ServingSettings
+
+
+class SchedulerComponent:
+    """The one instance of the model `scheduler`.
+
+    The engine may load later than this model, and cannot be called before; the step loop waits for it.
+
+    Raises:
+        StartupError: a setting is malformed or beyond the engine's limits, or engine.json doesn't fit.
+    """
+
+    def __init__(self, arguments: ComponentArguments) -> None:
+        manifest = read_manifest(arguments.version_dir(ENGINE))
+        settings = arguments.settings().within(manifest.limits)
+        self._rendezvous = join_server()
+        self._channel = SchedulerChannel(self._rendezvous)
+        executor = TritonExecutor(self._rendezvous)
+        self._loop = StepLoop(
+            executor,
+            _core_maker(manifest, settings, executor),
+            self._channel,
+            max_queued_requests=settings.max_queued_requests,
+        )
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer control requests, one after the other."""
+        return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        """End the loop and the channel; requests that are left end with an error."""
+        self._loop.stop()
+        self._channel.close()
+        self._rendezvous.close()
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            arrays = input_arrays(request)
+            check_access(arrays, self._rendezvous.access_key)
+            return response({"answer": string_array(self._obey(_command(arrays)))})
+        except QuireError as error:
+            return error_response(error)
+
+    def _obey(self, command: str) -> str:
+        if command == "statistics":
+            return msgspec.json.encode(self._statistics()).decode()
+        if command == "drain":
+            self._loop.drain()
+            return "drained"
+        raise InvalidRequestError(f"command is {command!r}; it must be statistics or drain")

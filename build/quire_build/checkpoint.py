@@ -1,0 +1,185 @@
+"""A Hugging Face checkpoint directory: its files, its digest, its weights.
+
+Opening reads JSON and safetensors headers only and needs no torch, so that an unchanged rebuild is quick;
+weights are read by `load_decoder`. What config.json means is `decoder_config`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from quire.errors import CheckpointError, UnsupportedModelError
+from quire.execution.manifest import file_digest
+from quire_build.decoder_config import DecoderConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quire_build.decoder import Decoder
+
+INDEX = "model.safetensors.index.json"
+SINGLE_SHARD = "model.safetensors"
+SERVING_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What the frontends need of a checkpoint; all but config.json and tokenizer.json may be absent."""
+
+_FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose files are all there and whole."""
+
+    directory: Path
+    config: DecoderConfig
+    tensor_files: dict[str, str]
+    """The shard that holds each tensor, by tensor name."""
+    serving_files: tuple[str, ...]
+    """Those of `SERVING_FILES` that are present."""
+    digest: str
+    """SHA-256 over the names and contents of all files that a build reads."""
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Read and check everything but the weights themselves.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or malformed; the message names it.
+            UnsupportedModelError: the architecture or one of its options is not implemented.
+        """
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is not a directory")
+        config = DecoderConfig.from_huggingface(_read_json(directory / "config.json"))
+        if (directory / "generation_config.json").exists():
+            _read_json(directory / "generation_config.json")
+        _check_tokenizer(directory / "tokenizer.json")
+        tensor_files = _locate_tensors(directory)
+        serving_files = tuple(name for name in SERVING_FILES if (directory / name).is_file())
+        index = (INDEX,) if (directory / INDEX).is_file() else ()
+        return cls(
+            directory=directory,
+            config=config,
+            tensor_files=tensor_files,
+            serving_files=serving_files,
+            digest=_digest(directory, {*serving_files, *index, *tensor_files.values()}),
+        )
+
+
+def load_decoder(checkpoint: Checkpoint, num_positions: int) -> Decoder:
+    """The checkpoint as a float32 torch module that runs in place.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than config.json implies.
+        UnsupportedModelError: a tensor is stored in a type that is not a plain floating-point type.
+    """
+    import torch
+
+    from quire_build.decoder import Decoder
+
+    with torch.device("meta"):
+        decoder = Decoder(checkpoint.config, num_positions)
+    expected = decoder.state_dict()
+    if checkpoint.config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    weights = {name: _load_tensor(checkpoint, name, meta) for name, meta in expected.items()}
+    decoder.load_state_dict(weights, strict=False, assign=True)
+    if checkpoint.config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+    return decoder.eval().requires_grad_(False)
+
+
+def _load_tensor(checkpoint: Checkpoint, parameter: str, expected: Tensor) -> Tensor:
+    """One tensor as float32; everything but the head lies under `model.` in a checkpoint."""
+    name = parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+    if name not in checkpoint.tensor_files:
+        raise CheckpointError(f"{checkpoint.directory} has no tensor {name}")
+    path = checkpoint.directory / checkpoint.tensor_files[name]
+    with safe_open(path, framework="pt") as shard:
+        header = shard.get_slice(name)
+        if header.get_dtype() not in _FLOAT_TYPES:
+            raise UnsupportedModelError(
+                f"{path}: tensor {name} is stored as {header.get_dtype()}; "
+                "quantised checkpoints are not supported"
+            )
+        if tuple(header.get_shape()) != tuple(expected.shape):
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(header.get_shape())}, "
+                f"config.json implies {list(expected.shape)}"
+            )
+        tensor: Tensor = shard.get_tensor(name)
+    return tensor.float()
+
+
+def _locate_tensors(directory: Path) -> dict[str, str]:
+    """The shard of every tensor, after opening every shard's header."""
+    index = directory / INDEX
+    if not index.exists():
+        return dict.fromkeys(_tensor_names(directory / SINGLE_SHARD), SINGLE_SHARD)
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+    contents: dict[str, frozenset[str]] = {}
+    for tensor, shard in weight_map.items():
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index}: {shard!r}, the file of tensor {tensor}, is not a plain file name")
+        if shard not in contents:
+            if not (directory / shard).is_file():
+                raise CheckpointError(f"{directory / shard} is missing; it holds tensor {tensor}")
+            contents[shard] = _tensor_names(directory / shard)
+        if tensor not in contents[shard]:
+            raise CheckpointError(f"{directory / shard} lacks tensor {tensor}, which {INDEX} promises there")
+    return weight_map
+
+
+def _tensor_names(path: Path) -> frozenset[str]:
+    """Names of the tensors in one shard, after checking that the file is as long as its header says."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; weights are read from safetensors files only")
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            return frozenset(shard.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
+def _check_tokenizer(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing; Quire reads the tokenizer from it (save a fast tokenizer beside the weights)"
+        )
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+
+
+def _digest(directory: Path, names: set[str]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name} {file_digest(directory / name)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""Ahead-of-time compilation of the kernels: what a plan embeds and how it has to be launched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PTX_VERSION = 87
+"""PTX 8.7: old enough for every driver of CUDA 12.8 or later, whatever the compiler's own default is."""
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """PTX of one kernel and the launch it expects.
+
+    Attributes:
+        name: the entry's name in the PTX.
+        threads: threads per program.
+        shared_bytes: dynamic shared memory per program.
+    """
+
+    name: str
+    ptx: str
+    threads: int
+    shared_bytes: int
+
+
+def compile_kernel(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    arch: int,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> CompiledKernel:
+    """Compile a kernel of this package for one GPU architecture; no GPU is needed.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        types: its run-time parameters in order, pointers as ``"*bf16"``, integers as ``"i32"``. Pointers are taken
+            to be 16-byte aligned, as TensorRT's tensors are.
+        constants: values of its ``constexpr`` parameters.
+        arch: compute capability, 90 for 9.0.
+
+    Raises:
+        ValueError: if the kernel wants scratch memory, which a plan cannot give it.
+    """
+    return _compile(
+        kernel, tuple(types.items()), tuple(constants.items()), arch, num_warps, num_stages
+    )
+
+
+@functools.cache
+def _compile(
+    kernel: Any,
+    types: tuple[tuple[str, str], ...],
+    constants: tuple[tuple[str, Any], ...],
+    arch: int,
+    num_warps: int,
+    num_stages: int,
+) -> CompiledKernel:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, kind in types if kind.startswith("*")
+    }
+    source = ASTSource(kernel, dict(types), dict(constants), aligned)
+    options = {"ptx_version": PTX_VERSION, "num_warps": num_warps, "num_stages": num_stages}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    metadata = built.metadata
+    if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):
+        raise ValueError(f"kernel {metadata.name} wants scratch memory, which TensorRT does not pass")
+    return CompiledKernel(metadata.name, built.asm["ptx"], metadata.num_warps * 32, metadata.shared)

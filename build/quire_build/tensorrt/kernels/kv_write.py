@@ -1,0 +1,84 @@
+"""Rotate queries and keys by their positions and put keys and values where the step's slots say."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["layer"])
+def kv_write(  # type: ignore[no-untyped-def]
+    qkv,
+    cos_sin,
+    positions,
+    slot_mapping,
+    kv_cache,
+    layer,
+    query,
+    HEAD_DIM: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_ELEMENTS: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
+    MAX_POSITIONS: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
+):
+    """Apply RoPE (halves, as in Hugging Face's LLaMA) and write K and V of one layer into the pool.
+
+    Slots of the null block, and slots outside the pool, are skipped: the pool's first element, which holds the
+    number of its blocks, lies in the null block. Grid: (T, cdiv(NUM_HEADS + 2 * NUM_KV_HEADS, HEADS_PER_PROGRAM)).
+
+    Args:
+        qkv: [T, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM], a token's queries, then keys, then values.
+        cos_sin: float32 [MAX_POSITIONS, HEAD_DIM], cosines of the HEAD_DIM / 2 frequencies, then sines.
+        positions: int32 [T].
+        slot_mapping: int32 [T], block * BLOCK_SIZE + offset.
+        kv_cache: the pool, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM].
+        layer: which layer's K and V to write.
+        query: out, [T, NUM_HEADS, HEAD_DIM], rotated.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    KEYS_END: tl.constexpr = NUM_HEADS + NUM_KV_HEADS
+    HEADS: tl.constexpr = KEYS_END + NUM_KV_HEADS
+    PLANE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS_PER_PROGRAM + tl.arange(0, HEADS_PER_PROGRAM)
+    dim = tl.arange(0, HALF_PADDED)
+    mask = (head < HEADS)[:, None] & (dim < HALF)[None, :]
+
+    source = qkv + token * (HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dim[None, :]
+    low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+
+    position = tl.minimum(tl.maximum(tl.load(positions + token), 0), MAX_POSITIONS - 1)
+    cos = tl.load(cos_sin + position * HEAD_DIM + dim, mask=dim < HALF, other=1.0)
+    sin = tl.load(cos_sin + position * HEAD_DIM + HALF + dim, mask=dim < HALF, other=0.0)
+    is_value = (head >= KEYS_END)[:, None]
+    rotated_low = tl.where(is_value, low, low * cos[None, :] - high * sin[None, :])
+    rotated_high = tl.where(is_value, high, high * cos[None, :] + low * sin[None, :])
+
+    is_query = (head < NUM_HEADS)[:, None]
+    target = query + token * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target, rotated_low.to(query.dtype.element_ty), mask=mask & is_query)
+    tl.store(target + HALF, rotated_high.to(query.dtype.element_ty), mask=mask & is_query)
+
+    num_blocks = tl.minimum(tl.load(kv_cache.to(tl.pointer_type(tl.int64), bitcast=True)), MAX_BLOCKS).to(tl.int32)
+    slot = tl.load(slot_mapping + token)
+    block = slot // BLOCK_SIZE
+    target_block = block + tl.zeros_like(head)  # one per head: the interpreter splats integers rightly, masks not
+    stored = mask & ((head >= NUM_HEADS) & (target_block > 0) & (target_block < num_blocks))[:, None]
+    plane = tl.where(head < KEYS_END, 0, PLANE)
+    kv_head = tl.where(head < KEYS_END, head - NUM_HEADS, head - KEYS_END)
+    place = (
+        kv_cache
+        + block.to(tl.int64) * BLOCK_ELEMENTS
+        + layer.to(tl.int64) * (2 * PLANE)
+        + (plane + kv_head * (BLOCK_SIZE * HEAD_DIM))[:, None]
+        + (slot % BLOCK_SIZE) * HEAD_DIM
+        + dim[None, :]
+    )
+    tl.store(place, rotated_low.to(kv_cache.dtype.element_ty), mask=stored)
+    tl.store(place + HALF, rotated_high.to(kv_cache.dtype.element_ty), mask=stored)

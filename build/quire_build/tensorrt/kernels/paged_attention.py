@@ -1,0 +1,165 @@
+"""Attention over a paged KV cache for a packed batch of variable-length queries.
+
+One launch serves decode rows, prefill chunks and any mixture: a query tile holds ``BLOCK_M // GROUP`` tokens of
+one sequence times the ``GROUP`` query heads that share a KV head, so that grouped heads read K and V once. The
+context may be split over the launch's third axis; ``reduce.py`` combines what the splits leave behind.
+
+Where the pool is laid out and who allocates it is `pool.py`'s business; K and V of the step are already in it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_seqs", "blocks_per_table", "num_splits", "layer"])
+def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
+    query,
+    block_tables,
+    query_start_loc,
+    seq_lens,
+    kv_cache,
+    num_seqs,
+    blocks_per_table,
+    num_splits,
+    layer,
+    partial_out,
+    partial_lse,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_ELEMENTS: tl.constexpr,
+    MAX_BLOCKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attend one query tile of one KV head to one split of its sequence's context.
+
+    Grid: (num_seqs + (T - num_seqs) // (BLOCK_M // GROUP), NUM_KV_HEADS, num_splits).
+
+    Args:
+        query: [T, NUM_KV_HEADS * GROUP, HEAD_DIM], rotated.
+        block_tables: int32 [num_seqs, blocks_per_table].
+        query_start_loc: int32 [num_seqs + 1]; every sequence has at least one token.
+        seq_lens: int32 [num_seqs].
+        kv_cache: the pool; its first eight bytes hold the number of blocks in it.
+        layer: which layer's K and V of each block to read.
+        partial_out: float32 [T, num_splits, NUM_KV_HEADS * GROUP, HEAD_DIM], normalised within the split.
+        partial_lse: float32 [T, num_splits, NUM_KV_HEADS * GROUP], base 2; minus infinity where a split saw
+            nothing, and then its row of ``partial_out`` is not written.
+        BLOCK_ELEMENTS: elements of one block over all layers.
+        MAX_BLOCKS: no pool of this plan has more blocks, whatever its first element says.
+        WINDOW: a query sees this many positions up to its own; 0 for all.
+        SCALE_LOG2: softmax scale times log2(e).
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    TOKENS_PER_TILE: tl.constexpr = BLOCK_M // GROUP
+
+    # Sequence s owns the tiles from s + (query_start_loc[s] - s) // TOKENS_PER_TILE: the last s not beyond `tile`.
+    left = 0
+    right = num_seqs
+    while right - left > 1:
+        middle = (left + right) // 2
+        first_tile = middle + (tl.load(query_start_loc + middle) - middle) // TOKENS_PER_TILE
+        if first_tile <= tile:
+            left = middle
+        else:
+            right = middle
+    seq = left
+    query_start = tl.load(query_start_loc + seq)
+    query_len = tl.load(query_start_loc + seq + 1) - query_start
+    first_token = (tile - (seq + (query_start - seq) // TOKENS_PER_TILE)) * TOKENS_PER_TILE
+    if first_token >= query_len:
+        return
+
+    seq_len = tl.load(seq_lens + seq)
+    num_blocks = tl.minimum(tl.load(kv_cache.to(tl.pointer_type(tl.int64), bitcast=True)), MAX_BLOCKS).to(tl.int32)
+
+    row = tl.arange(0, BLOCK_M)
+    token = first_token + row // GROUP
+    row_mask = (row < TOKENS_PER_TILE * GROUP) & (token < query_len)
+    head = kv_head * GROUP + row % GROUP
+    position = seq_len - query_len + token
+
+    # The keys this tile needs at all, then this split's share of them, in whole key tiles.
+    last_token = tl.minimum(first_token + TOKENS_PER_TILE, query_len) - 1
+    key_end = seq_len - query_len + last_token + 1
+    key_start = 0
+    if WINDOW > 0:
+        key_start = tl.maximum(seq_len - query_len + first_token - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
+    tiles = tl.cdiv(key_end - key_start, BLOCK_N)
+    tiles_per_split = tl.cdiv(tiles, num_splits)
+    begin = key_start + split * tiles_per_split * BLOCK_N
+    end = tl.minimum(begin + tiles_per_split * BLOCK_N, key_end)
+
+    out_row = ((query_start + token).to(tl.int64) * num_splits + split) * (NUM_KV_HEADS * GROUP) + head
+    if begin >= end:
+        tl.store(partial_lse + out_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row_mask)
+        return
+
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    dim_mask = dim < HEAD_DIM
+    query_row = (query_start + token).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head
+    q = tl.load(
+        query + query_row[:, None] * HEAD_DIM + dim[None, :],
+        mask=row_mask[:, None] & dim_mask[None, :],
+        other=0.0,
+    )
+
+    PLANE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM  # K, or V, of one layer of one block
+    key_base = kv_cache + layer.to(tl.int64) * (2 * PLANE) + kv_head * (BLOCK_SIZE * HEAD_DIM)
+    table = block_tables + seq.to(tl.int64) * blocks_per_table
+    column = tl.arange(0, BLOCK_N)
+
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        key = start + column
+        key_mask = key < end
+        block = tl.load(table + key // BLOCK_SIZE, mask=key_mask, other=0)
+        block = tl.where((block < 0) | (block >= num_blocks), 0, block)
+        offset = block.to(tl.int64) * BLOCK_ELEMENTS + (key % BLOCK_SIZE) * HEAD_DIM
+
+        k = tl.load(
+            key_base + offset[None, :] + dim[:, None], mask=key_mask[None, :] & dim_mask[:, None], other=0.0
+        )
+        visible = key_mask[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            visible = visible & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.dot(q, k, input_precision="ieee") * SCALE_LOG2
+        scores = tl.where(visible, scores, float("-inf"))
+
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        # A row that has seen nothing yet has no maximum; any finite one keeps exp2 away from inf - inf.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(running_max - shift)
+        running_sum = running_sum * decay + tl.sum(weights, 1)
+        running_max = new_max
+
+        # Slots beyond the sequence may hold anything, NaN included, and 0 * NaN is NaN: hence the mask on V.
+        v = tl.load(
+            key_base + PLANE + offset[:, None] + dim[None, :],
+            mask=key_mask[:, None] & dim_mask[None, :],
+            other=0.0,
+        )
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+
+    seen = running_sum > 0.0
+    acc = acc / tl.where(seen, running_sum, 1.0)[:, None]
+    lse = tl.where(seen, running_max + tl.log2(tl.where(seen, running_sum, 1.0)), float("-inf"))
+    tl.store(
+        partial_out + out_row[:, None] * HEAD_DIM + dim[None, :],
+        acc,
+        mask=row_mask[:, None] & dim_mask[None, :],
+    )
+    tl.store(partial_lse + out_row, lse, mask=row_mask)

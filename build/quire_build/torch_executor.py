@@ -1,0 +1,79 @@
+"""The reference executor: the torch module over pools of its own, step by step in the caller's thread.
+
+Slow and plain. The numerics gate and the tests hold the engines against it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.errors import EngineStepError
+from quire.execution.executor import PoolInfo, StepOutput
+from quire.execution.model_inputs import ModelInputs
+from quire_build.decoder import Decoder
+from quire_build.decoder_config import DecoderConfig
+
+
+@dataclass(slots=True)
+class FinishedStep:
+    """A step that ran when it was submitted."""
+
+    output: StepOutput | None
+    error: EngineStepError | None = None
+
+    def result(self, timeout_s: float) -> StepOutput:
+        """Return the output at once, or raise what the step ended with."""
+        if self.output is None:
+            assert self.error is not None
+            raise self.error
+        return self.output
+
+
+class TorchExecutor:
+    """Runs a decoder over `num_blocks` blocks of `block_size` tokens, the null block included."""
+
+    max_in_flight = 1
+    token_feedback = False
+
+    def __init__(self, decoder: Decoder, config: DecoderConfig, num_blocks: int, block_size: int) -> None:
+        self._decoder = decoder
+        self._pool_info = PoolInfo(num_blocks=num_blocks, epoch=secrets.randbits(31))
+        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        self._key_caches = [torch.zeros(shape) for _ in range(config.num_layers)]
+        self._value_caches = [torch.zeros(shape) for _ in range(config.num_layers)]
+
+    def pool_info(self, timeout_s: float) -> PoolInfo:
+        """The pool, which is there from the start."""
+        return self._pool_info
+
+    def submit(self, inputs: ModelInputs) -> FinishedStep:
+        """Run the step."""
+        try:
+            logits = self._run(inputs)
+        except (RuntimeError, IndexError) as error:
+            return FinishedStep(None, EngineStepError(f"step {inputs.step} failed: {error}"))
+        return FinishedStep(StepOutput(logits=logits.numpy(), pool_info=self._pool_info))
+
+    def close(self) -> None:
+        """Free the pool."""
+        self._key_caches.clear()
+        self._value_caches.clear()
+
+    @torch.inference_mode()
+    def _run(self, inputs: ModelInputs) -> Tensor:
+        logits, _, _ = self._decoder(
+            torch.from_numpy(inputs.input_ids),
+            torch.from_numpy(inputs.positions),
+            torch.from_numpy(inputs.slot_mapping),
+            torch.from_numpy(inputs.block_tables),
+            torch.from_numpy(inputs.query_start_loc),
+            torch.from_numpy(inputs.seq_lens),
+            torch.from_numpy(inputs.logits_indices),
+            self._key_caches,
+            self._value_caches,
+        )
+        return logits

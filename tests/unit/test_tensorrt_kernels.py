@@ -1,0 +1,341 @@
+"""The plan's kernels against a plain torch specification, in the Triton language's interpreter, and their PTX."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
+pytest.importorskip("triton")
+
+from quire_build.tensorrt.kernels.kv_write import kv_write
+from quire_build.tensorrt.kernels.paged_attention import paged_attention
+from quire_build.tensorrt.kernels.reduce import reduce_splits
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@dataclass(frozen=True)
+class Layout:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    layers: int = 2
+    window: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def block_elements(self) -> int:
+        return self.layers * 2 * self.kv_heads * self.block_size * self.head_dim
+
+
+@dataclass
+class Step:
+    """A packed step over a pool of random content."""
+
+    query_lens: list[int]
+    seq_lens: list[int]
+    block_tables: torch.Tensor
+    pool: torch.Tensor  # [blocks, layers, 2, kv_heads, block_size, head_dim]
+
+    @property
+    def query_start_loc(self) -> torch.Tensor:
+        return torch.tensor([0, *np.cumsum(self.query_lens)], dtype=torch.int32)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        pairs = zip(self.query_lens, self.seq_lens, strict=True)
+        return torch.cat([torch.arange(s - q, s, dtype=torch.int32) for q, s in pairs])
+
+    def slots(self, block_size: int) -> torch.Tensor:
+        row = torch.repeat_interleave(torch.arange(len(self.query_lens)), torch.tensor(self.query_lens))
+        blocks = self.block_tables[row, self.positions.long() // block_size]
+        return (blocks * block_size + self.positions % block_size).to(torch.int32)
+
+
+def make_step(rng: np.random.Generator, layout: Layout, query_lens: list[int], contexts: list[int]) -> Step:
+    """Random tables without sharing; rows beyond the sequences are the null block; unused slots hold NaN."""
+    seq_lens = [q + c for q, c in zip(query_lens, contexts, strict=True)]
+    need = [-(-s // layout.block_size) for s in seq_lens]
+    num_blocks = sum(need) + 3
+    order = torch.from_numpy(rng.permutation(np.arange(1, num_blocks)).astype(np.int32))
+    tables = torch.zeros(len(seq_lens), max(need) + 2, dtype=torch.int32)
+    taken = 0
+    for i, n in enumerate(need):
+        tables[i, :n] = order[taken : taken + n]
+        taken += n
+    pool = torch.full(
+        (num_blocks, layout.layers, 2, layout.kv_heads, layout.block_size, layout.head_dim), math.nan
+    )
+    for i, s in enumerate(seq_lens):
+        for position in range(s):
+            block = tables[i, position // layout.block_size]
+            shape = pool[block, :, :, :, 0].shape
+            pool[block, :, :, :, position % layout.block_size] = torch.from_numpy(
+                rng.standard_normal(shape).astype(np.float32)
+            )
+    pool = pool.to(layout.dtype)
+    set_num_blocks(pool, num_blocks)
+    return Step(query_lens, seq_lens, tables, pool)
+
+
+def set_num_blocks(pool: torch.Tensor, num_blocks: int) -> None:
+    pool.view(-1).view(torch.int64)[0] = num_blocks
+
+
+def reference_attention(query: torch.Tensor, step: Step, layout: Layout, layer: int) -> torch.Tensor:
+    """What the op means, sequence by sequence, in float64."""
+    out = torch.empty_like(query, dtype=torch.float64)
+    start = 0
+    for row, (query_len, seq_len) in enumerate(zip(step.query_lens, step.seq_lens, strict=True)):
+        blocks = step.block_tables[row, : -(-seq_len // layout.block_size)].long()
+        blocks = torch.where((blocks < 0) | (blocks >= step.pool.shape[0]), 0, blocks)
+        kv = step.pool[blocks, layer].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :seq_len]
+        keys, values = kv.repeat_interleave(layout.heads // layout.kv_heads, dim=1)
+        q = query[start : start + query_len].double().transpose(0, 1)
+        scores = q @ keys.transpose(1, 2) / math.sqrt(layout.head_dim)
+        key = torch.arange(seq_len)
+        position = torch.arange(seq_len - query_len, seq_len)[:, None]
+        hidden = key > position
+        if layout.window:
+            hidden |= key <= position - layout.window
+        scores = scores.masked_fill(hidden, -math.inf)
+        out[start : start + query_len] = (scores.softmax(-1) @ values).transpose(0, 1)
+        start += query_len
+    return out
+
+
+def run_attention(
+    query: torch.Tensor, step: Step, layout: Layout, layer: int, num_splits: int, block_m: int, block_n: int
+) -> torch.Tensor:
+    tokens, seqs = query.shape[0], len(step.seq_lens)
+    group = layout.heads // layout.kv_heads
+    padded = max(16, 1 << (layout.head_dim - 1).bit_length())
+    partial_out = torch.full((tokens, num_splits, layout.heads, layout.head_dim), math.nan)
+    partial_lse = torch.full((tokens, num_splits, layout.heads), math.nan)
+    grid = (seqs + (tokens - seqs) // (block_m // group), layout.kv_heads, num_splits)
+    paged_attention[grid](
+        query.contiguous(),
+        step.block_tables,
+        step.query_start_loc,
+        torch.tensor(step.seq_lens, dtype=torch.int32),
+        step.pool,
+        seqs,
+        step.block_tables.shape[1],
+        num_splits,
+        layer,
+        partial_out,
+        partial_lse,
+        HEAD_DIM=layout.head_dim,
+        HEAD_DIM_PADDED=padded,
+        NUM_KV_HEADS=layout.kv_heads,
+        GROUP=group,
+        BLOCK_SIZE=layout.block_size,
+        BLOCK_ELEMENTS=layout.block_elements,
+        MAX_BLOCKS=1 << 20,
+        WINDOW=layout.window,
+        SCALE_LOG2=math.log2(math.e) / math.sqrt(layout.head_dim),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+    )
+    out = torch.full_like(query, math.nan)
+    reduce_splits[(tokens, layout.heads)](
+        partial_out,
+        partial_lse,
+        query,
+        step.block_tables,
+        num_splits,
+        out,
+        NUM_HEADS=layout.heads,
+        HEAD_DIM=layout.head_dim,
+        HEAD_DIM_PADDED=padded,
+        MAX_SPLITS=1 << (num_splits - 1).bit_length() if num_splits > 1 else 1,
+    )
+    return out
+
+
+CASES = {
+    "decode rows, grouped heads": (Layout(8, 2, 32, 16), [1, 1, 1], [5, 33, 0], 1, 16, 32),
+    "decode rows, split context": (Layout(4, 1, 32, 16), [1, 1], [70, 3], 3, 16, 16),
+    "chunks and decode rows in one step": (Layout(4, 2, 16, 8), [7, 1, 19, 1], [9, 21, 0, 2], 1, 16, 16),
+    "split chunks": (Layout(4, 2, 16, 8), [5, 1, 11], [40, 21, 0], 2, 16, 16),
+    "a group of seven, as in Qwen2": (Layout(7, 1, 16, 16), [3, 1, 6], [4, 17, 0], 1, 16, 16),
+    "a head size that is no power of two": (Layout(2, 2, 24, 8), [2, 4], [11, 0], 2, 16, 16),
+    "sliding window": (Layout(4, 2, 16, 8, window=12), [1, 9, 1], [40, 20, 3], 2, 16, 16),
+    "half precision": (Layout(4, 2, 32, 16, dtype=torch.float16), [1, 5], [20, 0], 1, 16, 16),
+}
+# The interpreter multiplies bfloat16 by its bit patterns; that type is checked on the GPU.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_matches_the_specification(name: str) -> None:
+    layout, query_lens, contexts, num_splits, block_m, block_n = CASES[name]
+    rng = np.random.default_rng(sum(name.encode()))
+    step = make_step(rng, layout, query_lens, contexts)
+    shape = (sum(query_lens), layout.heads, layout.head_dim)
+    query = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(layout.dtype)
+    for layer in range(layout.layers):
+        got = run_attention(query, step, layout, layer, num_splits, block_m, block_n).double()
+        expected = reference_attention(query, step, layout, layer)
+        assert float((got - expected).norm() / expected.norm()) < TOLERANCE[layout.dtype]
+
+
+def test_attention_over_random_steps() -> None:
+    rng = np.random.default_rng(7)
+    for _ in range(6):
+        group, kv_heads = int(rng.integers(1, 5)), int(rng.integers(1, 3))
+        layout = Layout(
+            group * kv_heads,
+            kv_heads,
+            16,
+            int(rng.choice([8, 16])),
+            layers=1,
+            window=int(rng.choice([0, 0, 9])),
+        )
+        seqs = int(rng.integers(1, 5))
+        query_lens = [int(n) for n in np.where(rng.random(seqs) < 0.5, 1, rng.integers(1, 9, seqs))]
+        contexts = [int(n) for n in rng.integers(0, 40, seqs)]
+        step = make_step(rng, layout, query_lens, contexts)
+        shape = (sum(query_lens), layout.heads, layout.head_dim)
+        query = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+        got = run_attention(query, step, layout, 0, int(rng.integers(1, 5)), 16, 16)
+        expected = reference_attention(query, step, layout, 0)
+        assert float((got.double() - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_blocks_outside_the_pool_are_read_as_the_null_block() -> None:
+    layout = Layout(2, 1, 16, 8, layers=1)
+    rng = np.random.default_rng(3)
+    step = make_step(rng, layout, [1, 1], [15, 6])
+    step.pool[0] = 0.5
+    set_num_blocks(step.pool, step.pool.shape[0])
+    query = torch.from_numpy(rng.standard_normal((2, 2, 16)).astype(np.float32))
+    sane = step.block_tables.clone()
+    sane[0, 1] = 0
+    for outside in (step.pool.shape[0], 2**31 - 1, -1):
+        step.block_tables[0, 1] = outside
+        got = run_attention(query, step, layout, 0, 1, 16, 16)
+        expected = reference_attention(query, Step([1, 1], step.seq_lens, sane, step.pool), layout, 0)
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_sequences_change_nothing() -> None:
+    layout = Layout(4, 2, 16, 8, layers=1)
+    rng = np.random.default_rng(4)
+    step = make_step(rng, layout, [1, 3], [12, 5])
+    query = torch.from_numpy(rng.standard_normal((4, 4, 16)).astype(np.float32))
+    alone = run_attention(query, step, layout, 0, 2, 16, 16)
+    tables = torch.cat([step.block_tables, torch.zeros_like(step.block_tables)])
+    padded = Step([1, 3, 1, 1], [13, 8, 1, 1], tables, step.pool)
+    together = run_attention(torch.cat([query, query[:2]]), padded, layout, 0, 2, 16, 16)
+    assert torch.equal(alone, together[:4])
+
+
+def rope_table(head_dim: int, positions: int) -> torch.Tensor:
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angle = torch.arange(positions)[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+
+def run_kv_write(qkv: torch.Tensor, table: torch.Tensor, step: Step, layout: Layout, layer: int) -> torch.Tensor:
+    tokens = qkv.shape[0]
+    heads = layout.heads + 2 * layout.kv_heads
+    query = torch.full((tokens, layout.heads, layout.head_dim), math.nan, dtype=qkv.dtype)
+    kv_write[(tokens, -(-heads // 4))](
+        qkv,
+        table,
+        step.positions,
+        step.slots(layout.block_size),
+        step.pool,
+        layer,
+        query,
+        HEAD_DIM=layout.head_dim,
+        HALF_PADDED=1 << (layout.head_dim // 2 - 1).bit_length(),
+        NUM_HEADS=layout.heads,
+        NUM_KV_HEADS=layout.kv_heads,
+        BLOCK_SIZE=layout.block_size,
+        BLOCK_ELEMENTS=layout.block_elements,
+        MAX_BLOCKS=1 << 20,
+        MAX_POSITIONS=table.shape[0],
+        HEADS_PER_PROGRAM=4,
+    )
+    return query
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_kv_write_rotates_and_writes_every_slot_once(dtype: torch.dtype, head_dim: int) -> None:
+    layout = Layout(3, 1, head_dim, 8, dtype=dtype)
+    rng = np.random.default_rng(head_dim)
+    step = make_step(rng, layout, [5, 1, 1], [6, 0, 30])
+    tokens, heads = 7, layout.heads + 2 * layout.kv_heads
+    qkv = torch.from_numpy(rng.standard_normal((tokens, heads * head_dim)).astype(np.float32)).to(dtype)
+    table = rope_table(head_dim, 64)
+    before = step.pool.clone()
+    query = run_kv_write(qkv, table, step, layout, 1)
+
+    x = qkv.view(tokens, heads, head_dim).double()
+    angle = table[step.positions.long()].double()[:, None]
+    cos, sin = angle[..., : head_dim // 2], angle[..., head_dim // 2 :]
+    low, high = x[..., : head_dim // 2], x[..., head_dim // 2 :]
+    rotated = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    atol = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(query.double(), rotated[:, :3], atol=atol, rtol=0)
+    expected = before.double()
+    for token, slot in enumerate(step.slots(8).tolist()):
+        expected[slot // 8, 1, 0, :, slot % 8] = rotated[token, 3:4]
+        expected[slot // 8, 1, 1, :, slot % 8] = x[token, 4:5]
+    torch.testing.assert_close(step.pool.double(), expected, atol=atol, rtol=0, equal_nan=True)
+
+
+def test_kv_write_leaves_the_null_block_and_everything_outside_alone() -> None:
+    layout = Layout(2, 1, 16, 8, layers=1)
+    step = make_step(np.random.default_rng(5), layout, [1, 1], [0, 3])
+    step.block_tables[:, 0] = torch.tensor([0, step.pool.shape[0]])
+    before = step.pool.clone()
+    run_kv_write(torch.ones(2, 4 * 16), rope_table(16, 8), step, layout, 0)
+    assert torch.equal(before.view(torch.int32), step.pool.view(torch.int32))
+
+
+PTX_SCRIPT = """
+from quire_build.tensorrt.kernels.compiled import compile_kernel
+from quire_build.tensorrt.kernels.kv_write import kv_write
+from quire_build.tensorrt.kernels.paged_attention import paged_attention
+from quire_build.tensorrt.kernels.reduce import reduce_splits
+
+shape = dict(HEAD_DIM=128, NUM_KV_HEADS=8, BLOCK_SIZE=16, BLOCK_ELEMENTS=1 << 20, MAX_BLOCKS=1 << 16)
+kernels = [
+    (kv_write, "*bf16 *fp32 *i32 *i32 *bf16 i32 *bf16",
+     dict(shape, HALF_PADDED=64, NUM_HEADS=32, MAX_POSITIONS=8192, HEADS_PER_PROGRAM=16)),
+    (paged_attention, "*bf16 *i32 *i32 *i32 *bf16 i32 i32 i32 i32 *fp32 *fp32",
+     dict(shape, HEAD_DIM_PADDED=128, GROUP=4, WINDOW=0, SCALE_LOG2=0.1, BLOCK_M=16, BLOCK_N=64)),
+    (reduce_splits, "*fp32 *fp32 *bf16 *i32 i32 *bf16", dict(NUM_HEADS=32, HEAD_DIM=128, HEAD_DIM_PADDED=128, MAX_SPLITS=32)),
+]
+for arch in (80, 89, 90):
+    for kernel, types, constants in kernels:
+        names = [n for n in kernel.arg_names if n not in constants]
+        compiled = compile_kernel(kernel, dict(zip(names, types.split(), strict=True)), constants, arch=arch)
+        assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
+        assert "ld.global.v4" in compiled.ptx or "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
+        print(arch, compiled.name, compiled.threads, compiled.shared_bytes)
+"""
+
+
+def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
+    """In a process of its own: the compiler must not see this process's interpreter switch or cache."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", PTX_SCRIPT], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 9
