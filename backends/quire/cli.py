@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -70,7 +70,9 @@ def main(
 def build(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint: a folder.")],
     output: Annotated[Path, typer.Option(help="Model repository to make.")],
-    precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
+    precision: Annotated[
+        Literal["float32", "bf16"], typer.Option(help="What the engine computes in.")
+    ] = "float32",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048,
     max_model_len: Annotated[
@@ -174,7 +176,9 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Tokens to generate at most.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens only.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this mass.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this mass.")
+    ] = None,
     min_p: Annotated[
         float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")
     ] = None,

@@ -52,13 +52,16 @@ def examine() -> list[Finding]:
         *_build_packages(),
         _shared_memory(),
         Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"),
-        Finding("memory", f"{_available_memory_bytes() >> 20} MiB available"),
+        Finding("memory", f"{_free_memory_bytes() >> 20} MiB free"),
     ]
 
 
 def show(findings: list[Finding], console: Console) -> None:
     """Print the table, then what to do."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for finding in findings:
         mark = "[red]✗[/]" if finding.remedy else "[green]✓[/]"
         table.add_row(mark, finding.subject, finding.state)
@@ -143,5 +146,5 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _available_memory_bytes() -> int:
+def _free_memory_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

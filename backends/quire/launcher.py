@@ -210,7 +210,6 @@ def _environment(triton: TritonInstallation) -> dict[str, str]:
     search_paths = {
         "PATH": (Path(sys.executable).parent,),
         "LD_LIBRARY_PATH": triton.library_dirs,
-        "PYTHONPATH": (Path(__file__).resolve().parent.parent,),
     }
     return {name: _prepended(name, *folders) for name, folders in search_paths.items() if folders}
 

@@ -1,4 +1,4 @@
-"""What Triton loads for every model with `backend: "quire"`; the model's `component` parameter says what it is.
+"""What Triton loads for each model with `backend: "quire"`; its `component` parameter says what it is.
 
 Triton runs this file from the backend directory, whose parent need not be on the path of the Python that
 runs it; that is put right here, and everything else is left to the components in `quire.serving`.
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from quire.errors import StartupError  # noqa: E402
-from quire.serving.component import ComponentArguments  # noqa: E402
+from quire.errors import StartupError
+from quire.serving.component import ComponentArguments
 
 
 class Component(Protocol):

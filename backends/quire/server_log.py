@@ -22,7 +22,7 @@ _TABLE = re.compile(r"[+|].*[+|]|")
 _NO_GPU = re.compile(r"CudaDriverHelper|pinned memory pool will not be available")
 """Complaints of a server that looks for a GPU and finds none."""
 _PREFIXES = re.compile(
-    r"^(?:(?:Internal|Invalid argument|Unsupported|Unavailable|Unknown|TritonModelException): )*"
+    r"^(?:(?:Internal|Invalid argument|Unsupported|Unavailable|Unknown|\w+(?:Error|Exception)): )*"
 )
 
 

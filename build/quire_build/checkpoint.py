@@ -134,7 +134,9 @@ def _locate_tensors(directory: Path) -> dict[str, str]:
     contents: dict[str, frozenset[str]] = {}
     for tensor, shard in weight_map.items():
         if Path(shard).name != shard:
-            raise CheckpointError(f"{index}: {shard!r}, the file of tensor {tensor}, is not a plain file name")
+            raise CheckpointError(
+                f"{index}: {shard!r}, the file of tensor {tensor}, is not a plain file name"
+            )
         if shard not in contents:
             if not (directory / shard).is_file():
                 raise CheckpointError(f"{directory / shard} is missing; it holds tensor {tensor}")

@@ -14,6 +14,9 @@ from quire_build.decoder_config import DecoderConfig
 from quire_build.paged_attention import paged_attention, paged_attention_in_place
 from quire_build.rope import cosine_and_sine
 
+StepMetadata = tuple[Tensor, Tensor, Tensor, Tensor]
+"""slot_mapping, block_tables, query_start_loc, seq_lens: what attention needs in every layer."""
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension."""
@@ -52,7 +55,7 @@ class Attention(nn.Module):
         hidden: Tensor,
         cosine: Tensor,
         sine: Tensor,
-        metadata: tuple[Tensor, ...],
+        metadata: StepMetadata,
         key_cache: Tensor,
         value_cache: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +96,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, hidden_size] in and out."""
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output
 
 
 class Layer(nn.Module):
@@ -111,7 +115,7 @@ class Layer(nn.Module):
         hidden: Tensor,
         cosine: Tensor,
         sine: Tensor,
-        metadata: tuple[Tensor, ...],
+        metadata: StepMetadata,
         key_cache: Tensor,
         value_cache: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ _MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-_ROPE_OPTIONS: Mapping[RopeType, frozenset[str]] = {
+_ROPE_OPTIONS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "llama3": frozenset(
@@ -250,10 +250,50 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    """Read `rope_parameters`, or `rope_scaling` and `rope_theta` as written before transformers 5."""
+    parameters = _rope_parameters(config)
+    rope_type: RopeType = parameters.get("rope_type", parameters.get("type", "default"))
+    options, top_level = _Options(parameters, "config.json: rope_parameters"), _Options(config)
+    theta = options.number("rope_theta", top_level.number("rope_theta", 10000.0))
+    if rope_type == "default":
+        return RopeConfig(theta)
+    if rope_type == "linear":
+        return RopeConfig(theta, "linear", factor=options.number("factor"))
+    context = top_level.size("max_position_embeddings")
+    original = top_level.size(
+        "original_max_position_embeddings", options.size("original_max_position_embeddings", context)
+    )
+    if rope_type == "llama3":
+        return RopeConfig(
+            theta,
+            "llama3",
+            factor=options.number("factor"),
+            original_max_position_embeddings=original,
+            low_freq_factor=options.number("low_freq_factor"),
+            high_freq_factor=options.number("high_freq_factor"),
+        )
+    overrides = {
+        name: options.number(name)
+        for name in ("attention_factor", "mscale", "mscale_all_dim")
+        if parameters.get(name)
+    }
+    return RopeConfig(
+        theta,
+        "yarn",
+        factor=options.number("factor", context / original),
+        original_max_position_embeddings=original,
+        beta_fast=options.number("beta_fast", 32.0),
+        beta_slow=options.number("beta_slow", 1.0),
+        truncate=options.flag("truncate", True),
+        **overrides,
+    )
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters`, called `rope_scaling` before transformers 5, with every option known."""
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise CheckpointError(f"config.json: rope_scaling is {parameters!r}; it must be an object")
+    parameters = {name: value for name, value in parameters.items() if value is not None}
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UnsupportedModelError("rope_parameters that differ between layers are not supported")
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
@@ -266,49 +306,15 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         raise UnsupportedModelError(
             f"partial_rotary_factor {partial!r} is not supported; the whole head is rotated"
         )
-    written = {name: value for name, value in parameters.items() if value is not None}
     general = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    unknown = sorted(written.keys() - general - _ROPE_OPTIONS[rope_type])
+    unknown = sorted(parameters.keys() - general - _ROPE_OPTIONS[rope_type])
     if unknown:
-        raise UnsupportedModelError(
-            f"option {unknown[0]!r} of rope_type {rope_type!r} is not supported"
-        )
-    options = _Options(written, "config.json: rope_parameters")
-    theta = options.number("rope_theta", _Options(config).number("rope_theta", 10000.0))
-    if rope_type == "default":
-        return RopeConfig(theta)
-    if rope_type == "linear":
-        return RopeConfig(theta, "linear", factor=options.number("factor"))
-    context = _Options(config).size("max_position_embeddings")
-    original = _Options(config).size(
-        "original_max_position_embeddings", options.size("original_max_position_embeddings", context)
-    )
-    if rope_type == "llama3":
-        return RopeConfig(
-            theta,
-            "llama3",
-            factor=options.number("factor"),
-            original_max_position_embeddings=original,
-            low_freq_factor=options.number("low_freq_factor"),
-            high_freq_factor=options.number("high_freq_factor"),
-        )
-    optional = {
-        name: options.number(name) for name in ("attention_factor", "mscale", "mscale_all_dim") if written.get(name)
-    }
-    return RopeConfig(
-        theta,
-        "yarn",
-        factor=options.number("factor", context / original),
-        original_max_position_embeddings=original,
-        beta_fast=options.number("beta_fast", 32.0),
-        beta_slow=options.number("beta_slow", 1.0),
-        truncate=options.flag("truncate", True),
-        **optional,
-    )
+        raise UnsupportedModelError(f"option {unknown[0]!r} of rope_type {rope_type!r} is not supported")
+    return parameters
 
 
 def _sliding_windows(architecture: str, options: _Options, num_layers: int) -> tuple[int | None, ...]:
-    """Llama has no window, Mistral the same in every layer, Qwen in the layers from `max_window_layers` on."""
+    """Llama has none, Mistral the same in every layer, Qwen one from layer `max_window_layers` on."""
     if architecture == "LlamaForCausalLM":
         return (None,) * num_layers
     if architecture == "MistralForCausalLM":

@@ -141,9 +141,7 @@ def _register_operator() -> None:
                     for name in ("slot_mapping", "block_tables", "query_start_loc", "seq_lens")
                 ),
             ],
-            outputs=[
-                parameter(name, "T") for name in ("output", "key_cache_out", "value_cache_out")
-            ],
+            outputs=[parameter(name, "T") for name in ("output", "key_cache_out", "value_cache_out")],
             type_constraints=[
                 ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
                 ("I", ["tensor(int32)"], ""),

@@ -1,7 +1,8 @@
 """The numerics gate: is the built engine the same function as the torch module it was made from?
 
-Both run the same fixed workload: prefill in chunks, decode, several sequences at once, shuffled block tables,
-logits of every position. What the gate finds goes into engine.json; beyond the tolerance nothing is published.
+Both run the same fixed workload: prefill in chunks, decode, several sequences at once, shuffled block
+tables, logits of every position. What the gate finds goes into engine.json; beyond the tolerance nothing is
+published.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Precision = Literal["float32", "bf16"]
 LOGIT_TOLERANCE = 1e-3
 """float32: largest difference of a logit."""
 PROBABILITY_TOLERANCE = 0.1
-"""bf16: largest difference of a token's probability. Logits carry 8 bits of mantissa there, so a bound on them
-would depend on the model's scale; what sampling sees does not."""
+"""bf16: largest difference of a token's probability. Logits carry 8 bits of mantissa there, so a bound on
+them would depend on the model's scale; what sampling sees does not."""
 
 TOLERANCES: Mapping[Precision, float] = {"float32": LOGIT_TOLERANCE, "bf16": PROBABILITY_TOLERANCE}
 

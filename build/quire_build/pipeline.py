@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,6 +25,7 @@ from quire.execution.manifest import (
     GateReport,
     Manifest,
     ModelDimensions,
+    Runtime,
     file_digest,
     read_manifest,
     verify_files,
@@ -36,12 +38,16 @@ from quire_build.repository import (
     DEFAULT_FRONTENDS,
     VERSION,
     check_replaceable,
+    has_model_files,
     write_configs,
     write_model_files,
 )
 from quire_build.staging import staged
 
-RUNTIME = "openvino"
+if TYPE_CHECKING:
+    from quire_build.decoder import Decoder
+
+RUNTIME: Runtime = "openvino"
 BLOCK_SIZE = 32
 """Tokens in a block: the only size that OpenVINO's CPU kernel takes."""
 KV_ELEMENT_BYTES = {"float32": 4, "bf16": 2}
@@ -69,7 +75,7 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SHA-256 over the sources that make the output."""
     runtime_version: str
     checkpoint_digest: str
-    precision: str
+    precision: Precision
     limits: EngineLimits
     frontends: int
 
@@ -111,6 +117,8 @@ def build(
     limits = _limits(source.config, max_num_seqs, max_num_batched_tokens, max_model_len)
     if frontends < 1:
         raise BuildError(f"frontends is {frontends}; it must be at least 1")
+    if precision not in TOLERANCES:
+        raise BuildError(f"precision is {precision!r}; it must be one of {', '.join(TOLERANCES)}")
     record = BuildRecord(
         quire_version=quire.__version__,
         builder_digest=_builder_digest(),
@@ -120,7 +128,7 @@ def build(
         limits=limits,
         frontends=frontends,
     )
-    if not force and (manifest := _published(output, record)) is not None:
+    if not force and (manifest := _published(output, record, source)) is not None:
         progress(f"{output} is up to date")
         return BuildResult(output, manifest, was_up_to_date=True, seconds=time.monotonic() - started)
 
@@ -149,9 +157,127 @@ def _build_engine(source: Checkpoint, record: BuildRecord, engine_dir: Path, pro
     write_manifest(manifest, engine_dir)
 
     progress("comparing the engine with the torch module")
-    report = _measure(decoder, source.config, manifest, engine_dir)
+    report = _measure(decoder, source.config, manifest, engine_dir, record.precision)
     progress(describe(report))
     enforce(report, record.precision)
     manifest = msgspec.structs.replace(manifest, gate=report)
     write_manifest(manifest, engine_dir)
     return manifest
+
+
+def _measure(
+    decoder: Decoder, config: DecoderConfig, manifest: Manifest, engine_dir: Path, precision: Precision
+) -> GateReport:
+    """Run the numerics gate on the engine as a server would load it."""
+    from quire.execution.openvino import OpenVINOEngine, OpenVINOExecutor
+    from quire_build.torch_executor import TorchExecutor
+
+    workload = gate_workload(config.vocab_size, BLOCK_SIZE, manifest.limits)
+    reference = TorchExecutor(decoder, config, workload.num_blocks, BLOCK_SIZE)
+    engine = OpenVINOEngine(
+        engine_dir,
+        kv_cache_bytes=workload.num_blocks * manifest.kv_bytes_per_block,
+        # The pool is made for the workload, not for requests as long as the engine may serve.
+        limits=msgspec.structs.replace(manifest.limits, max_model_len=workload.max_sequence_len),
+        warm_up_s=0.0,
+    )
+    return compare(reference, OpenVINOExecutor(engine), workload, precision)
+
+
+def _manifest(config: DecoderConfig, record: BuildRecord, files: dict[str, str]) -> Manifest:
+    """The engine's manifest with a gate report that says that nothing was measured yet."""
+    windows = [window for window in config.sliding_windows if window is not None]
+    return Manifest(
+        version=MANIFEST_VERSION,
+        model=ModelDimensions(
+            architecture=config.architecture,
+            vocab_size=config.vocab_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            # A block may be forgotten only where every layer has forgotten it.
+            sliding_window=max(windows) if len(windows) == config.num_layers else None,
+        ),
+        block_size=BLOCK_SIZE,
+        limits=record.limits,
+        precision=record.precision,
+        runtime=RUNTIME,
+        runtime_version=record.runtime_version,
+        inputs=tuple(tensor.name for tensor in interface.STEP_INPUTS),
+        outputs=("logits",),
+        kv_bytes_per_block=(
+            2
+            * config.num_layers
+            * config.num_kv_heads
+            * BLOCK_SIZE
+            * config.head_dim
+            * KV_ELEMENT_BYTES[record.precision]
+        ),
+        checkpoint_digest=record.checkpoint_digest,
+        files=files,
+        gate=GateReport(
+            positions=0,
+            max_abs_logit_error=0.0,
+            max_abs_probability_error=0.0,
+            top1_agreement=0.0,
+            tolerance=TOLERANCES[record.precision],
+        ),
+    )
+
+
+def _published(output: Path, record: BuildRecord, source: Checkpoint) -> Manifest | None:
+    """The manifest of the repository at `output` if it is whole and what `record` describes."""
+    engine_dir = output / interface.ENGINE / VERSION
+    try:
+        if msgspec.json.decode((engine_dir / RECORD_FILE).read_bytes(), type=BuildRecord) != record:
+            return None
+        manifest = read_manifest(engine_dir)
+        verify_files(manifest, engine_dir)
+    except (OSError, msgspec.DecodeError, ManifestError):
+        return None
+    return manifest if has_model_files(output, source.directory, source.serving_files) else None
+
+
+def _limits(
+    config: DecoderConfig, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int | None
+) -> EngineLimits:
+    if max_model_len is None:
+        max_model_len = config.max_context
+    if max_model_len > config.max_context:
+        raise BuildError(
+            f"max_model_len is {max_model_len}, but the model is made for {config.max_context} positions"
+        )
+    if max_model_len < 2:
+        raise BuildError(f"max_model_len is {max_model_len}; a prompt and its first token need at least 2")
+    if max_num_seqs < 1:
+        raise BuildError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
+    if max_num_batched_tokens < max_num_seqs:
+        raise BuildError(
+            f"max_num_batched_tokens is {max_num_batched_tokens}; it must be at least max_num_seqs, "
+            f"{max_num_seqs}, for each running request to get a token"
+        )
+    return EngineLimits(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+
+
+def _runtime_version() -> str:
+    try:
+        return importlib.metadata.version(RUNTIME)
+    except importlib.metadata.PackageNotFoundError:
+        raise BuildError("openvino is not installed; install it with `pip install 'quire[cpu]'`") from None
+
+
+def _builder_digest() -> str:
+    quire_package = Path(quire.__file__).parent
+    sources = [
+        *sorted(Path(__file__).parent.glob("*.py")),
+        *(quire_package / name for name in ("interface.py", "settings.py", "execution/manifest.py")),
+    ]
+    digest = hashlib.sha256()
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ nothing but the number of frontends: neither on the machine nor on the checkpoin
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields
@@ -21,6 +22,7 @@ from quire.settings import ServingSettings
 
 VERSION = "1"
 MODELS = (interface.LLM, interface.SCHEDULER, interface.ENGINE)
+SCHEDULER_FILE = "README.txt"
 DEFAULT_FRONTENDS = 2
 
 
@@ -62,8 +64,19 @@ def write_model_files(repository: Path, checkpoint: Path, serving_files: Sequenc
     for name in serving_files:
         shutil.copyfile(checkpoint / name, repository / interface.LLM / VERSION / name)
     # Triton wants a version directory, and many ways of copying leave out empty ones.
-    (repository / interface.SCHEDULER / VERSION / "README.txt").write_text(
+    (repository / interface.SCHEDULER / VERSION / SCHEDULER_FILE).write_text(
         "The scheduler has no files of its own.\n"
+    )
+
+
+def has_model_files(repository: Path, checkpoint: Path, serving_files: Sequence[str]) -> bool:
+    """Whether all but the engine's files is there: configs, and copies equal to the checkpoint's files."""
+    llm_dir = repository / interface.LLM / VERSION
+    return (
+        all((repository / name / "config.pbtxt").is_file() for name in MODELS)
+        and (repository / interface.SCHEDULER / VERSION / SCHEDULER_FILE).is_file()
+        and all((llm_dir / name).is_file() for name in serving_files)
+        and all(filecmp.cmp(checkpoint / name, llm_dir / name, shallow=False) for name in serving_files)
     )
 
 
@@ -91,7 +104,7 @@ def _is_ours(config: Path) -> bool:
         parsed = text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())
     except (text_format.ParseError, UnicodeDecodeError):
         return False
-    return parsed.backend == interface.BACKEND
+    return bool(parsed.backend == interface.BACKEND)
 
 
 def _model_config(
@@ -120,4 +133,5 @@ def _model_config(
 
 
 def _data_type(tensor: TensorSpec) -> int:
-    return model_config_pb2.DataType.Value(f"TYPE_{tensor.data_type}")
+    number: int = model_config_pb2.DataType.Value(f"TYPE_{tensor.data_type}")
+    return number

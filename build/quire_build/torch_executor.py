@@ -65,6 +65,7 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def _run(self, inputs: ModelInputs) -> Tensor:
+        logits: Tensor
         logits, _, _ = self._decoder(
             torch.from_numpy(inputs.input_ids),
             torch.from_numpy(inputs.positions),

@@ -29,6 +29,11 @@ class WorkloadSequence:
     arrival_step: int
     num_computed_tokens: int = 0
 
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.token_ids[self.num_prompt_tokens :]
+
 
 class Workload:
     """Sequences, and the steps that compute them.
@@ -68,6 +73,8 @@ class Workload:
         blocks_needed = [-(-(len(prompt) + num_new_tokens) // block_size) for prompt in prompts]
         self.num_blocks = 1 + sum(blocks_needed)
         """Blocks that the pool must have, the null block included."""
+        self.max_sequence_len = max(len(prompt) for prompt in prompts) + num_new_tokens
+        """Tokens of the longest sequence at its end."""
         shuffled = np.random.default_rng(seed).permutation(np.arange(1, self.num_blocks, dtype=np.int32))
         tables = np.split(shuffled, np.cumsum(blocks_needed)[:-1])
         self.sequences = [
@@ -108,7 +115,7 @@ class Workload:
                 sequence.token_ids.append(int(logits[last_row].argmax()))
 
     def _is_finished(self, sequence: WorkloadSequence) -> bool:
-        return len(sequence.token_ids) == sequence.num_prompt_tokens + self._num_new_tokens
+        return len(sequence.generated) == self._num_new_tokens
 
     def _pack(self) -> ModelInputs:
         spans = [

@@ -135,8 +135,16 @@ def verify(out: Path, shape: Shape) -> None:
         for prompt in _PROMPTS:
             ids = tokenizer(prompt, return_tensors="pt").input_ids
             torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-3, rtol=1e-3)
-            written = theirs.generate(input_ids=ids, do_sample=False, max_new_tokens=200, pad_token_id=EOS_ID)
-            print("---", tokenizer.decode(written[0]), sep="\n")
+            print("---", tokenizer.decode(_continue(ours, ids[0].tolist(), 200)), sep="\n", flush=True)
+
+
+def _continue(model: CausalLM, ids: list[int], limit: int) -> list[int]:
+    """``ids`` and what the model most likely writes after them, up to the end of the text."""
+    for _ in range(limit):
+        ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
+        if ids[-1] == EOS_ID:
+            break
+    return ids
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
@@ -150,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--minutes", type=float, default=3.0 if on_gpu else 60.0, help="time to train")
     parser.add_argument(
-        "--documents", type=int, default=600_000 if on_gpu else 100_000, help="how many texts"
+        "--documents", type=int, default=600_000 if on_gpu else 100_000, help="texts to write"
     )
     arguments = parser.parse_args()
     recipe = Recipe(64 if on_gpu else 2, arguments.minutes, arguments.documents)

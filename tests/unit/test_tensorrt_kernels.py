@@ -157,7 +157,7 @@ def run_attention(
         NUM_HEADS=layout.heads,
         HEAD_DIM=layout.head_dim,
         HEAD_DIM_PADDED=padded,
-        MAX_SPLITS=1 << (num_splits - 1).bit_length() if num_splits > 1 else 1,
+        SPLITS_AT_ONCE=2,
     )
     return out
 
@@ -318,7 +318,7 @@ kernels = [
      dict(shape, HALF_PADDED=64, NUM_HEADS=32, MAX_POSITIONS=8192, HEADS_PER_PROGRAM=16)),
     (paged_attention, "*bf16 *i32 *i32 *i32 *bf16 i32 i32 i32 i32 *fp32 *fp32",
      dict(shape, HEAD_DIM_PADDED=128, GROUP=4, WINDOW=0, SCALE_LOG2=0.1, BLOCK_M=16, BLOCK_N=64)),
-    (reduce_splits, "*fp32 *fp32 *bf16 *i32 i32 *bf16", dict(NUM_HEADS=32, HEAD_DIM=128, HEAD_DIM_PADDED=128, MAX_SPLITS=32)),
+    (reduce_splits, "*fp32 *fp32 *bf16 *i32 i32 *bf16", dict(NUM_HEADS=32, HEAD_DIM=128, HEAD_DIM_PADDED=128, SPLITS_AT_ONCE=16)),
 ]
 for arch in (80, 89, 90):
     for kernel, types, constants in kernels:

@@ -84,9 +84,25 @@ class InputBatch:
         self._buffers = [_Buffers(max_num_seqs, max_num_batched_tokens, max_blocks) for _ in range(2)]
         self._count = np.arange(max(max_num_batched_tokens, max_num_seqs), dtype=np.int32)
 
+    def update_rows(self, scheduled: SchedulerOutput) -> None:
+        """Follow requests that came, went or got blocks, for every output, even one that computes nothing."""
+        for request_id in scheduled.finished_request_ids:
+            self._release(request_id)
+        for request in scheduled.preempted_requests:
+            self._release(request.request_id)
+        for request in scheduled.new_requests:
+            self._occupy(request)
+        for request in scheduled.resumed_requests:
+            self._occupy(request)
+        for request_id, block_ids in scheduled.new_block_ids.items():
+            row = self._row_of[request_id]
+            start = self._num_blocks[row]
+            end = start + len(block_ids)
+            self._block_tables[row, start:end] = block_ids
+            self._num_blocks[row] = end
+
     def prepare(self, scheduled: SchedulerOutput) -> PreparedStep:
-        """Bring the rows up to date and pack the step's tensors, into buffers that the next but one reuses."""
-        self._update_rows(scheduled)
+        """Pack a step's tensors, in buffers that the next but one reuses; the rows have been updated."""
         row_of = self._row_of
         rows = np.array([row_of[request.request_id] for request in scheduled.requests], dtype=np.intp)
         num_computed = np.array(scheduled.num_computed_tokens, dtype=np.int32)
@@ -110,22 +126,6 @@ class InputBatch:
         """Forget all rows: every request comes back as a new or resumed one."""
         for request_id in list(self._row_of):
             self._release(request_id)
-
-    def _update_rows(self, scheduled: SchedulerOutput) -> None:
-        for request_id in scheduled.finished_request_ids:
-            self._release(request_id)
-        for request in scheduled.preempted_requests:
-            self._release(request.request_id)
-        for request in scheduled.new_requests:
-            self._occupy(request)
-        for request in scheduled.resumed_requests:
-            self._occupy(request)
-        for request_id, block_ids in scheduled.new_block_ids.items():
-            row = self._row_of[request_id]
-            start = self._num_blocks[row]
-            end = start + len(block_ids)
-            self._block_tables[row, start:end] = block_ids
-            self._num_blocks[row] = end
 
     def _occupy(self, request: Request) -> None:
         """Give a request a row, with an empty block table."""
@@ -194,10 +194,12 @@ class InputBatch:
         for index in np.flatnonzero(~decoding).tolist():
             first, count = scheduled.num_computed_tokens[index], scheduled.num_scheduled_tokens[index]
             start = int(starts[index])
-            inputs.input_ids[start : start + count] = scheduled.requests[index].all_token_ids[first : first + count]
+            inputs.input_ids[start : start + count] = scheduled.requests[index].all_token_ids[
+                first : first + count
+            ]
 
     def _mark_sampled(self, sampling_rows: NDArray[np.intp], positions: NDArray[np.int32]) -> None:
-        """Note that these rows sample a token at these positions, and in place of it where it will come from."""
+        """Note where these rows sample a token, and keep its mark in its place."""
         self._last_token[sampling_rows] = -1 - self._count[: len(sampling_rows)]
         self._last_position[sampling_rows] = positions
         self._last_sampling_step[sampling_rows] = self._step

@@ -41,17 +41,21 @@ def available_memory_bytes() -> int:
 
 def _groups(controller: str) -> Iterator[Path]:
     """Folders of the groups that this process is in as far as a controller goes, innermost first."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
+    for line in _own_groups():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         root = CGROUP_ROOT / controller if controllers else CGROUP_ROOT
         group = root / path.lstrip("/")
         yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
+
+
+def _own_groups() -> list[str]:
+    """What the kernel says about this process: lines of `hierarchy:controllers:path`."""
+    try:
+        return Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
 
 
 def _cpu_quota(group: Path) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -17,26 +17,29 @@ from quire.errors import ManifestError
 MANIFEST_VERSION = 1
 
 Runtime = Literal["openvino", "torch"]
+Precision = Literal["float32", "bf16"]
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
 
 
 class ModelDimensions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The shape of the decoder, as far as whoever drives it has to know."""
 
     architecture: str
-    vocab_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    sliding_window: int | None = None
+    vocab_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    sliding_window: Positive | None = None
 
 
 class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Upper limits that the engine was built for; serving limits may be lower."""
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
+    max_num_seqs: Positive
+    max_num_batched_tokens: Positive
+    max_model_len: Positive
 
 
 class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,16 +57,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     version: int
     model: ModelDimensions
-    block_size: int
+    block_size: Positive
     """Tokens in one block of the KV pool."""
     limits: EngineLimits
-    precision: str
+    precision: Precision
     runtime: Runtime
     runtime_version: str
     inputs: tuple[str, ...]
     """Names of the step tensors that the engine takes, in the order of the engine contract."""
     outputs: tuple[str, ...]
-    kv_bytes_per_block: int
+    kv_bytes_per_block: Positive
     """Bytes of the pool that one block takes over all layers, keys and values."""
     checkpoint_digest: str
     """SHA-256 over the checkpoint's files."""

@@ -80,7 +80,9 @@ class InputsCheck:
         positions = np.arange(num_tokens) + (num_computed - starts[:-1])[sequence]
         _check_equal("positions", inputs.positions, positions)
         blocks = inputs.block_tables[sequence, positions // self.block_size]
-        _check_equal("slot_mapping", inputs.slot_mapping, blocks * self.block_size + positions % self.block_size)
+        _check_equal(
+            "slot_mapping", inputs.slot_mapping, blocks * self.block_size + positions % self.block_size
+        )
 
     def _check_shapes(self, inputs: ModelInputs) -> None:
         num_tokens, num_seqs = len(inputs.input_ids), len(inputs.seq_lens)
@@ -89,7 +91,9 @@ class InputsCheck:
                 f"input_ids has {num_tokens} tokens; it must have 1 to {self.limits.max_num_batched_tokens}"
             )
         if not 1 <= num_seqs <= self.limits.max_num_seqs:
-            raise EngineStepError(f"seq_lens has {num_seqs} sequences; it must have 1 to {self.limits.max_num_seqs}")
+            raise EngineStepError(
+                f"seq_lens has {num_seqs} sequences; it must have 1 to {self.limits.max_num_seqs}"
+            )
         expected = {
             "positions": (num_tokens,),
             "slot_mapping": (num_tokens,),

@@ -53,4 +53,5 @@ def uniforms(seeds: NDArray[np.uint64], output_indices: NDArray[np.int64]) -> ND
     counter = np.stack([output_indices.astype(np.uint64), seeds >> _WORD_BITS, zeros, zeros])
     key = np.stack([seeds & _LOW_WORD, zeros])
     upper_bits = philox4x32(counter, key)[0] >> np.uint64(8)
-    return upper_bits.astype(np.float32) * np.float32(2**-24)
+    numbers: NDArray[np.float32] = upper_bits.astype(np.float32) * np.float32(2**-24)
+    return numbers

@@ -74,7 +74,9 @@ class Sampler:
         best = np.take_along_axis(logits, token_ids[:, None], axis=1)
         if not np.isfinite(best).all():  # argmax stops at a NaN, so a row's best logit shows it
             row = int(np.flatnonzero(~np.isfinite(best))[0])
-            raise EngineStepError(f"the best logit of row {row} is {best[row, 0]}; it must be a finite number")
+            raise EngineStepError(
+                f"the best logit of row {row} is {best[row, 0]}; it must be a finite number"
+            )
         drawn = np.flatnonzero(sampling.inverse_temperature)
         rows_at_once = max(1, ELEMENTS_AT_ONCE // logits.shape[1])
         for start in range(0, len(drawn), rows_at_once):
@@ -83,7 +85,8 @@ class Sampler:
             weights = (logits[rows] - best[rows]) * chosen.inverse_temperature[:, None]
             np.exp(weights, out=weights)
             token_ids[rows] = _draw(weights, chosen)
-        return token_ids.astype(np.int32)
+        chosen_ids: NDArray[np.int32] = token_ids.astype(np.int32)
+        return chosen_ids
 
 
 def _draw(weights: NDArray[np.float32], sampling: SamplingBatch) -> NDArray[np.int64]:

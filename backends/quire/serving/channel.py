@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 import zmq
@@ -42,6 +43,8 @@ from quire.serving.rendezvous import Rendezvous
 CLOSE_TIMEOUT_S = 1.0
 LAST_WORDS_MS = 200
 """How long a closing scheduler waits for its last messages to leave."""
+
+Message = TypeVar("Message")
 
 _log = logging.getLogger(__name__)
 
@@ -340,7 +343,7 @@ class FrontendChannel:
         if was_connected:
             _log.warning("the scheduler is gone; %d requests end with it", len(ended.outstanding))
         for request_id in ended.outstanding:
-            self._on_lost(request_id)
+            _report(self._on_lost, request_id)
 
     def _converse(self, socket: zmq.Socket[bytes]) -> None:
         """Talk over one connection until either side ends it or falls silent.
@@ -383,11 +386,11 @@ class FrontendChannel:
             case StepTokens():
                 with self._lock:
                     self._session.outstanding.difference_update(end.request_id for end in message.finished)
-                self._on_step(message)
+                _report(self._on_step, message)
             case Refusal():
                 with self._lock:
                     self._session.outstanding.discard(message.request_id)
-                self._on_refusal(message)
+                _report(self._on_refusal, message)
             case Welcome():
                 _log.info("connected to scheduler %s", message.scheduler)
                 self._welcomed.set()
@@ -401,6 +404,14 @@ class FrontendChannel:
         while outbox:
             socket.send(self._encode(outbox.popleft()), zmq.NOBLOCK)
         return sent
+
+
+def _report(callback: Callable[[Message], None], message: Message) -> None:
+    """Call back; an error there must not end the thread that everybody's messages come through."""
+    try:
+        callback(message)
+    except Exception:
+        _log.exception("what the scheduler said could not be dealt with")
 
 
 def _make_unbounded(socket: zmq.Socket[bytes]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from quire.errors import QuireError
+from quire.execution.manifest import EngineLimits, read_manifest
 from quire.execution.model_inputs import ModelInputs
 from quire.execution.openvino import OpenVINOEngine
 from quire.interface import STEP_INPUTS
@@ -27,12 +28,16 @@ class EngineComponent:
     """
 
     def __init__(self, arguments: ComponentArguments) -> None:
-        settings = arguments.settings()
+        engine_dir = arguments.version_dir(arguments.model_name)
+        settings = arguments.settings().within(read_manifest(engine_dir).limits)
         self._rendezvous = join_server()
         self._engine = OpenVINOEngine(
-            arguments.version_dir(arguments.model_name),
+            engine_dir,
             kv_cache_bytes=settings.kv_cache_bytes,
             threads=settings.threads,
+            limits=EngineLimits(
+                settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len
+            ),
         )
         self._rendezvous.announce_engine()
 

@@ -7,31 +7,30 @@ other threads, the last one with Triton's final flag.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable
-from pathlib import Path
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from quire.errors import QuireError
 from quire.execution.manifest import read_manifest
 from quire.interface import ENGINE
 from quire.serving.channel import FrontendChannel
+from quire.serving.component import ComponentArguments, join_server
 from quire.serving.generation_defaults import GenerationDefaults
 from quire.serving.messages import Refusal, StepTokens
 from quire.serving.outstanding import OutstandingRequests
-from quire.serving.rendezvous import Rendezvous
 from quire.serving.request_parsing import RequestParser
 from quire.serving.stream import GenerationResponse
-from quire.settings import ServingSettings
+from quire.serving.tensors import Arrays, error_response, input_arrays, response, string_array
 from quire.text.tokenizer import Tokenizer
 
 CLOSE_TIMEOUT_S = 2.0
+"""How long `finalize` waits for each thread."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,54 +39,47 @@ class Frontend:
     """One instance of the model `llm`.
 
     Args:
-        args: what Triton gives a model's `initialize`.
+        arguments: what Triton said when it loaded the model.
 
     Raises:
         StartupError: a setting or engine.json does not fit.
         CheckpointError: a file of the tokenizer or its configuration is missing or damaged.
     """
 
-    def __init__(self, args: dict[str, str]) -> None:
-        model_directory = Path(args["model_repository"])
-        files = model_directory / args["model_version"]
-        manifest = read_manifest(model_directory.parent / ENGINE / "1")
-        parameters = json.loads(args["model_config"])["parameters"]
-        settings = ServingSettings.read(
-            {name: entry["string_value"] for name, entry in parameters.items()}, os.environ
-        ).within(manifest.limits)
+    def __init__(self, arguments: ComponentArguments) -> None:
+        files = arguments.version_dir(arguments.model_name)
+        manifest = read_manifest(arguments.version_dir(ENGINE))
         tokenizer = Tokenizer.from_directory(files)
         self._parser = RequestParser(
             tokenizer,
             GenerationDefaults.from_directory(files),
             vocab_size=manifest.model.vocab_size,
-            max_model_len=settings.max_model_len,
+            max_model_len=arguments.settings().within(manifest.limits).max_model_len,
         )
-        self._rendezvous = Rendezvous.for_server(os.getppid())
+        self._rendezvous = join_server()
+        self._outstanding = OutstandingRequests(tokenizer, self._open_channel)
 
-        def open_channel(
-            on_step: Callable[[StepTokens], None],
-            on_refusal: Callable[[Refusal], None],
-            on_lost: Callable[[str], None],
-        ) -> FrontendChannel:
-            return FrontendChannel(
-                self._rendezvous, args["model_instance_name"], on_step, on_refusal, on_lost
-            )
+    def _open_channel(
+        self,
+        on_step: Callable[[StepTokens], None],
+        on_refusal: Callable[[Refusal], None],
+        on_lost: Callable[[str], None],
+    ) -> FrontendChannel:
+        return FrontendChannel(self._rendezvous, f"frontend {os.getpid()}", on_step, on_refusal, on_lost)
 
-        self._outstanding = OutstandingRequests(tokenizer, open_channel)
-
-    def execute(self, requests: list[Any]) -> None:
+    def execute(self, requests: Sequence[Any]) -> None:
         """Accept or refuse each of Triton's requests; their responses come later or were sent already."""
         for request in requests:
             client = TritonClient(request.get_response_sender())
             try:
-                parsed = self._parser.parse({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+                generation_request = self._parser.parse(input_arrays(request))
             except QuireError as error:
                 client.send(error)
             except Exception:
                 logger.exception("a request cannot be read")
                 client.send(QuireError("the request could not be read; the server's log says why"))
             else:
-                self._outstanding.accept(parsed, client)
+                self._outstanding.accept(generation_request, client)
 
     def finalize(self) -> None:
         """End outstanding requests, then threads and connections."""
@@ -100,37 +92,33 @@ class TritonClient:
 
     def __init__(self, sender: Any) -> None:
         self._sender = sender
+        # Triton frees what `is_cancelled` looks at as soon as the final response is sent, without a check.
+        self._final_lock = threading.Lock()
+        self._final_sent = False
 
-    def send(self, response: GenerationResponse | QuireError) -> None:
+    def send(self, generated: GenerationResponse | QuireError) -> None:
         """Send a response; a round trip of about 0.2 ms, during which other threads run."""
-        if isinstance(response, QuireError):
-            error = pb_utils.TritonError(str(response), getattr(pb_utils.TritonError, response.code))
-            self._sender.send(
-                pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-            )
+        if isinstance(generated, QuireError):
+            self._send_final(error_response(generated))
             return
-        tensors = [_string("text_output", response.text), _integers("output_ids", response.output_ids)]
-        if response.finish_reason is None:
-            self._sender.send(pb_utils.InferenceResponse(tensors))
+        arrays: Arrays = {
+            "text_output": string_array(generated.text),
+            "output_ids": np.array(generated.output_ids, dtype=np.int32),
+        }
+        if generated.finish_reason is None:
+            self._sender.send(response(arrays))
             return
-        tensors += [
-            _string("finish_reason", response.finish_reason),
-            _integers("num_input_tokens", [response.num_input_tokens]),
-            _integers("num_output_tokens", [response.num_output_tokens]),
-        ]
-        self._sender.send(
-            pb_utils.InferenceResponse(tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        )
+        arrays["finish_reason"] = string_array(generated.finish_reason)
+        arrays["num_input_tokens"] = np.array([generated.num_input_tokens], dtype=np.int32)
+        arrays["num_output_tokens"] = np.array([generated.num_output_tokens], dtype=np.int32)
+        self._send_final(response(arrays))
+
+    def _send_final(self, final_response: Any) -> None:
+        with self._final_lock:
+            self._final_sent = True
+            self._sender.send(final_response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def is_cancelled(self) -> bool:
         """Ask Triton whether the client cancelled or closed its stream; a round trip of about 0.07 ms."""
-        return bool(self._sender.is_cancelled())
-
-
-def _string(name: str, text: str) -> Any:
-    return pb_utils.Tensor(name, np.array([text.encode()], dtype=np.object_))
-
-
-def _integers(name: str, values: list[int]) -> Any:
-    array: npt.NDArray[np.int32] = np.array(values, dtype=np.int32)
-    return pb_utils.Tensor(name, array)
+        with self._final_lock:
+            return not self._final_sent and bool(self._sender.is_cancelled())

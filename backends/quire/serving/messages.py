@@ -1,7 +1,7 @@
 """What frontends and the scheduler say to each other over ZeroMQ, as msgpack arrays.
 
-Frontend to scheduler: `Hello`, `Submit`, `Abort`, `Heartbeat`. Scheduler to frontend: `Welcome`, `StepTokens`,
-`Refusal`, `Heartbeat`. Request ids are chosen by the frontend and unique within it.
+Frontend to scheduler: `Hello`, `Submit`, `Abort`, `Heartbeat`. Scheduler to frontend: `Welcome`,
+`StepTokens`, `Refusal`, `Heartbeat`. Request ids are chosen by the frontend and unique within it.
 """
 
 from __future__ import annotations

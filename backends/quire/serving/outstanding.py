@@ -25,6 +25,8 @@ from quire.serving.sender_pool import SenderPool
 from quire.serving.stream import GenerationResponse, ResponseStream
 from quire.text.tokenizer import Tokenizer
 
+FIRST_CONTACT_S = 5.0
+"""How long the first request waits for a scheduler that was loaded at the same time."""
 NUM_SENDERS = 2
 """Sender threads of one frontend: while one waits for the server's process, the other prepares."""
 
@@ -43,6 +45,9 @@ class Client(Protocol):
 
 class Channel(Protocol):
     """The way to the scheduler. All methods may be called from any thread."""
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until the scheduler answers; whether it did within `timeout_s`."""
 
     def submit(self, request: Submit) -> None:
         """Send a request; raises `QuireError` when the scheduler is known to be away."""
@@ -95,13 +100,17 @@ class OutstandingRequests:
         self._lock = threading.Lock()
         self._senders = SenderPool(self._send_next, NUM_SENDERS)
         self._poller = CancellationPoller(self._cancel)
+        self._had_contact = False
         self._channel = open_channel(self._on_step, self._on_refusal, self._on_lost)
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def accept(self, request: GenerationRequest, client: Client) -> None:
-        """Submit a request; whatever becomes of it, `client` hears of it."""
+        """Submit a request; whatever becomes of it, `client` hears of it. Called from one thread."""
+        if not self._had_contact:
+            self._channel.wait_connected(FIRST_CONTACT_S)
+            self._had_contact = True
         request_id = f"{self._id_prefix}-{next(self._numbers)}"
         outstanding = OutstandingRequest(request_id, ResponseStream(request, self._tokenizer), client)
         with self._lock:

@@ -10,6 +10,7 @@ each process keeps a shared lock on the folder while it lives, which the kernel 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -121,7 +122,8 @@ def _open_and_hold(path: Path) -> int:
     Between opening and locking, the last holder may have removed the folder: then start over.
     """
     while True:
-        path.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -131,10 +133,8 @@ def _open_and_hold(path: Path) -> int:
         try:
             _check_private(path, lock)
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if os.path.samestat(path.lstat(), os.fstat(lock)):
+            if _is_at(path, lock):
                 return lock
-        except FileNotFoundError:
-            pass
         except BaseException:
             os.close(lock)
             raise
@@ -205,4 +205,13 @@ def _remove_if_unheld(path: Path, lock: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
-    shutil.rmtree(path, ignore_errors=True)
+    if _is_at(path, lock):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_at(path: Path, folder: int) -> bool:
+    """Whether the open folder is still the one that `path` names."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(folder))
+    except FileNotFoundError:
+        return False

@@ -6,7 +6,7 @@ this model are for control only, and need the access key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,14 +21,7 @@ from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire.serving.channel import SchedulerChannel
 from quire.serving.component import ComponentArguments, join_server
 from quire.serving.step_loop import StepLoop
-from quire.serving.tensors import (
-    Arrays,
-    check_access,
-    error_response,
-    input_arrays,
-    response,
-    string_array,
-)
+from quire.serving.tensors import check_access, error_response, input_arrays, response, string_array
 from quire.serving.triton_executor import TritonExecutor
 from quire.settings import ServingSettings
 
@@ -48,11 +41,13 @@ class SchedulerComponent:
         self._rendezvous = join_server()
         self._channel = SchedulerChannel(self._rendezvous)
         executor = TritonExecutor(self._rendezvous)
+
+        def make_core(pool: PoolInfo) -> EngineCore:
+            scheduler = Scheduler(_scheduler_config(manifest, settings, pool))
+            return EngineCore(scheduler, executor, Sampler(), step_timeout_s=settings.step_timeout_s)
+
         self._loop = StepLoop(
-            executor,
-            _core_maker(manifest, settings, executor),
-            self._channel,
-            max_queued_requests=settings.max_queued_requests,
+            executor, make_core, self._channel, max_queued_requests=settings.max_queued_requests
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -69,14 +64,25 @@ class SchedulerComponent:
         try:
             arrays = input_arrays(request)
             check_access(arrays, self._rendezvous.access_key)
-            return response({"answer": string_array(self._obey(_command(arrays)))})
+            return response({"answer": string_array(self._obey(arrays["command"][0]))})
         except QuireError as error:
             return error_response(error)
 
-    def _obey(self, command: str) -> str:
-        if command == "statistics":
-            return msgspec.json.encode(self._statistics()).decode()
-        if command == "drain":
+    def _obey(self, command: bytes) -> str:
+        if command == b"statistics":
+            return msgspec.json.encode(self._loop.statistics()).decode()
+        if command == b"drain":
             self._loop.drain()
             return "drained"
         raise InvalidRequestError(f"command is {command!r}; it must be statistics or drain")
+
+
+def _scheduler_config(manifest: Manifest, settings: ServingSettings, pool: PoolInfo) -> SchedulerConfig:
+    return SchedulerConfig(
+        num_blocks=pool.num_blocks,
+        block_size=manifest.block_size,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        async_scheduling=True,
+    )

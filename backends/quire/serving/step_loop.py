@@ -1,4 +1,4 @@
-"""The thread that drives the engine core: requests in from the channel, one message per frontend and step out.
+"""The thread that drives the engine core: requests in, one message per frontend and step out.
 
 It sleeps while there is no request. Which request computes what is the scheduler's business, how a step is
 run the engine core's; this decides who is let in, remembers which frontend a request belongs to, and sees
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quire.engine_core import EngineCore
-from quire.errors import EngineStepError, OverloadedError, PeerLostError, QuireError
+from quire.errors import EngineStepError, OverloadedError, PeerLostError, QuireError, RequestError
 from quire.execution.executor import Executor, PoolInfo
 from quire.scheduling.request import Request
 from quire.scheduling.scheduler_output import RequestOutput
@@ -47,6 +47,33 @@ class _Tokens:
     request_ids: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class LoopStatistics:
+    """The state of the loop and its counters; all but the first two are 0 until the engine has answered.
+
+    The counters begin anew when the engine was lost.
+    """
+
+    frontends: list[str]
+    """Connected ones, by name."""
+    draining: bool
+    running_requests: int = 0
+    waiting_requests: int = 0
+    blocks: int = 0
+    """Blocks of the KV pool that can hold tokens."""
+    free_blocks: int = 0
+    """Those of them that no running request owns; cached prefixes are among them."""
+    preemptions: int = 0
+    looked_up_tokens: int = 0
+    """Tokens of admitted requests that were looked up in the prefix cache."""
+    cached_tokens: int = 0
+    """Those of them that were found there."""
+    steps: int = 0
+    failed_steps: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
 
 
 class StepLoop:
@@ -95,6 +122,24 @@ class StepLoop:
         self._channel.arrived.set()
         self._thread.join(STOP_TIMEOUT_S)
         self._drained.set()
+
+    def statistics(self) -> LoopStatistics:
+        """What can be told at this moment; read without stopping the loop."""
+        statistics = LoopStatistics(frontends=self._channel.frontends, draining=self._draining)
+        if core := self.core:
+            scheduler = core.scheduler
+            statistics.running_requests = scheduler.num_running
+            statistics.waiting_requests = scheduler.num_waiting
+            statistics.blocks = scheduler.config.num_blocks - 1
+            statistics.free_blocks = scheduler.num_free_blocks
+            statistics.preemptions = scheduler.statistics.num_preemptions
+            statistics.looked_up_tokens = scheduler.statistics.num_looked_up_tokens
+            statistics.cached_tokens = scheduler.statistics.num_cached_tokens
+            statistics.steps = core.statistics.steps
+            statistics.failed_steps = core.statistics.failed_steps
+            statistics.computed_tokens = core.statistics.scheduled_tokens
+            statistics.generated_tokens = core.statistics.sampled_tokens
+        return statistics
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -162,9 +207,6 @@ class StepLoop:
 
     def _admit(self, core: EngineCore, frontend: bytes, submit: Submit) -> None:
         route = _Route(frontend, submit.request_id)
-        if refusal := self._reason_to_refuse(core):
-            self._channel.send([_refusal(route, refusal)])
-            return
         request = Request(
             _internal_id(frontend, submit.request_id),
             submit.prompt_token_ids,
@@ -172,21 +214,31 @@ class StepLoop:
             priority=submit.priority,
             arrival_order=self._num_arrivals,
         )
+        try:
+            self._check_room(core)
+            core.scheduler.check_request(request)
+        except RequestError as error:
+            self._channel.send([_refusal(route, error)])
+            return
         self._num_arrivals += 1
         self._routes[request.request_id] = route
         core.add_request(request)
 
-    def _reason_to_refuse(self, core: EngineCore) -> OverloadedError | None:
+    def _check_room(self, core: EngineCore) -> None:
+        """Refuse to queue one more request while the server stops or too many wait.
+
+        Raises:
+            OverloadedError: with what the client can do.
+        """
         if self._draining:
-            return OverloadedError("the server is stopping and takes no new requests; try another one")
+            raise OverloadedError("the server is stopping and takes no new requests; try another one")
         waiting = core.scheduler.num_waiting
-        if waiting < self._max_queued_requests:
-            return None
-        retry_s = self._seconds_to_finish(waiting - self._max_queued_requests + 1)
-        return OverloadedError(
-            f"{waiting} requests are waiting, the limit is {self._max_queued_requests}; "
-            f"try again in {retry_s} seconds"
-        )
+        if waiting >= self._max_queued_requests:
+            retry_s = self._seconds_to_finish(waiting - self._max_queued_requests + 1)
+            raise OverloadedError(
+                f"{waiting} requests are waiting, the limit is {self._max_queued_requests}; "
+                f"try again in {retry_s} seconds"
+            )
 
     def _seconds_to_finish(self, num_requests: int) -> int:
         """How long `num_requests` will take at the rate at which requests finished lately, 1 to 60."""

@@ -37,9 +37,13 @@ def response(arrays: Mapping[str, NDArray[Any]]) -> Any:
 
 
 def error_response(error: QuireError) -> Any:
-    """The response that ends a request with an error, with the status code of its class."""
+    """The response that ends a request with an error, with the status code of its class.
+
+    Triton drops the code on the way into a gRPC stream, so its name leads the message: `quire_client` reads
+    it there.
+    """
     code = getattr(pb_utils.TritonError, error.code)
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{error.code}: {error}", code))
 
 
 def string_array(text: str) -> NDArray[np.object_]:

@@ -27,7 +27,6 @@ from quire.serving.watchdog import Process
 PROBE_INTERVAL_S = 0.1
 
 _OUTPUT_NAMES = [spec.name for spec in ENGINE_OUTPUTS]
-_CPU = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 _log = logging.getLogger(__name__)
 
 
@@ -60,6 +59,7 @@ class _Caller:
 
     def __init__(self, access_key: bytes) -> None:
         self._access_key = np.frombuffer(access_key, np.uint8)
+        self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
         self._steps: SimpleQueue[tuple[ModelInputs, TritonStep] | None] = SimpleQueue()
         threading.Thread(target=self._run, name="quire-engine-calls", daemon=True).start()
 
@@ -91,7 +91,7 @@ class _Caller:
             model_name=ENGINE,
             requested_output_names=_OUTPUT_NAMES,
             inputs=tensors,
-            preferred_memory=_CPU,
+            preferred_memory=self._memory,
         )
         answer = request.exec()
         if answer.has_error():

@@ -68,9 +68,20 @@ class IncrementalDetokenizer:
         return text + "".join(map(self.push, rest))
 
     def _restarted(self, token_ids: Sequence[int]) -> DecodeStream:
-        """A stream that goes on after `token_ids`; an unfinished character at their end is no context."""
-        context = list(token_ids[-CONTEXT_TOKENS:])
-        while context and self._tokenizer.decode(context).endswith(REPLACEMENT_CHARACTER):
-            context.pop()
-        self._context = context
-        return DecodeStream(ids=context, skip_special_tokens=True)
+        """A stream that goes on after `token_ids`."""
+        self._context = self._last_whole_characters(token_ids)
+        return DecodeStream(ids=self._context, skip_special_tokens=True)
+
+    def _last_whole_characters(self, token_ids: Sequence[int]) -> list[int]:
+        """About `CONTEXT_TOKENS` of the last ids, without an unfinished character at the end.
+
+        A few starting points are tried, since one within a character can spoil the whole piece; where the
+        ids are no text, there is no context.
+        """
+        for num_unfinished in range(MAX_UNFINISHED_TOKENS + 1):
+            end = len(token_ids) - num_unfinished
+            for length in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_UNFINISHED_TOKENS + 1):
+                context = list(token_ids[max(end - length, 0) : max(end, 0)])
+                if not self._tokenizer.decode(context).endswith(REPLACEMENT_CHARACTER):
+                    return context
+        return []

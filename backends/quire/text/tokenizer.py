@@ -6,11 +6,10 @@ for the beginning-of-sequence token. Text that grows token by token is `quire.te
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import tokenizers
 
 from quire.errors import CheckpointError
@@ -56,7 +55,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from None
         options = _read_options(directory / "tokenizer_config.json")
-        return cls(backend, _token_text(options.get("bos_token")), options.get("add_bos_token") is True)
+        return cls(backend, options.bos_text, add_bos_token=bool(options.add_bos_token))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens included, the beginning-of-sequence token at most once.
@@ -85,21 +84,29 @@ class Tokenizer:
         return self._max_bytes_per_token * num_tokens
 
 
-def _read_options(path: Path) -> dict[str, Any]:
-    """Contents of tokenizer_config.json, empty where there is no such file."""
+class _SpecialToken(msgspec.Struct):
+    """A special token as newer checkpoints write it."""
+
+    content: str
+
+
+class _Options(msgspec.Struct):
+    """The fields of tokenizer_config.json that matter here."""
+
+    bos_token: str | _SpecialToken | None = None
+    add_bos_token: bool | None = None
+
+    @property
+    def bos_text(self) -> str | None:
+        """Text of the beginning-of-sequence token."""
+        return self.bos_token.content if isinstance(self.bos_token, _SpecialToken) else self.bos_token
+
+
+def _read_options(path: Path) -> _Options:
+    """Contents of tokenizer_config.json; nothing set where there is no such file."""
     if not path.is_file():
-        return {}
+        return _Options()
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(options, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return options
-
-
-def _token_text(entry: object) -> str | None:
-    """Text of a special token, which checkpoints write as a string or as an object with `content`."""
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
+        return msgspec.json.decode(path.read_bytes(), type=_Options)
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None

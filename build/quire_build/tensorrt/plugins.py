@@ -244,9 +244,9 @@ def register_plugins(arch: int) -> None:
             "NUM_HEADS": num_heads,
             "HEAD_DIM": head_dim,
             "HEAD_DIM_PADDED": power_of_two(head_dim),
-            "MAX_SPLITS": power_of_two(most_splits(num_kv_heads)),
+            "SPLITS_AT_ONCE": 16,
         }
-        kernel = compile_kernel(reduce_splits, types, constants, arch=arch, num_warps=4)
+        kernel = compile_kernel(reduce_splits, types, constants, arch=arch, num_warps=2)
         tokens, seqs = query.shape_expr[0], block_tables.shape_expr[0]
         num_splits = splits(tokens, seqs, tile_rows // (num_heads // num_kv_heads), num_kv_heads)
         return launch(kernel, (tokens, num_heads), (num_splits,))

@@ -36,8 +36,8 @@ def counting(writer: Writer) -> str:
     rng = writer.rng
     if rng.random() < 0.2:
         lead, names = rng.choice(_GROUPS)
-        *most, last = names.split()
-        return f"{lead} {', '.join(most)} and {last}."
+        *most, final = names.split()
+        return f"{lead} {', '.join(most)} and {final}."
     step = rng.choice((1, 1, 1, 1, 2, 5, 10))
     last = step * rng.randint(5, 100 // step if step > 1 else 40)
     numbers = list(range(step, min(last, 100) + 1, step))

@@ -1,10 +1,11 @@
 """Turns a template into text: choices, names that stay the same through a text, and English spelling.
 
 A template is text with three marks. ``[a|b|c]`` takes one of the choices, which may hold further marks.
-``{name}`` draws from the list or table of that name once per text and repeats itself afterwards; ``{name2}`` is
-another draw from the same list; ``{name.column}`` is a cell of a table's row. ``<name>`` draws anew each time and
-avoids what the text has used. Before a name may stand ``a`` (an article), ``pl`` (the plural) or ``low`` (a small
-first letter); a name written with a capital gives a capital. What is drawn may be a template itself.
+``{name}`` draws from the list or table of that name once per text and repeats itself afterwards;
+``{name2}`` is another draw from the same list; ``{name.column}`` is a cell of a table's row. ``<name>`` draws
+anew each time and avoids what the text has used. Before a name may stand ``a`` (an article), ``pl`` (the
+plural) or ``low`` (a small first letter); a name written with a capital gives a capital. What is drawn may be
+a template itself.
 """
 
 from __future__ import annotations

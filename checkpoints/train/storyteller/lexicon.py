@@ -22,7 +22,7 @@ class Lexicon:
 
     @classmethod
     def load(cls, folder: Path) -> Lexicon:
-        """Read the files in ``folder``; raises ``ValueError`` where a row does not fit its table's columns."""
+        """Read the files in ``folder``; raises ``ValueError`` where a row does not fit its columns."""
         lexicon = cls()
         for line in _lines(folder / "words.txt"):
             name, words = line.split(":", 1)

@@ -2,15 +2,21 @@
 
 One launch serves decode rows, prefill chunks and any mixture: a query tile holds ``BLOCK_M // GROUP`` tokens of
 one sequence times the ``GROUP`` query heads that share a KV head, so that grouped heads read K and V once. The
-context may be split over the launch's third axis; ``reduce.py`` combines what the splits leave behind.
+context may be split over the launch's third axis; then the program that finishes a tile last combines the splits,
+always in the same order, so that the result does not depend on who that was. The programs of a tile count
+themselves in the pool's null block, behind the element that holds the number of blocks: the counters start at zero
+and are left at zero.
 
-Where the pool is laid out and who allocates it is `pool.py`'s business; K and V of the step are already in it.
+K and V of the step are already in the pool when this kernel runs.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+COUNTERS_OFFSET = tl.constexpr(16)
+"""Where the counters of split tiles start in the null block, in int32."""
 
 
 @triton.jit(do_not_specialize=["num_seqs", "blocks_per_table", "num_splits", "layer"])
@@ -24,6 +30,7 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
     blocks_per_table,
     num_splits,
     layer,
+    out,
     partial_out,
     partial_lse,
     HEAD_DIM: tl.constexpr,
@@ -47,11 +54,12 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
         block_tables: int32 [num_seqs, blocks_per_table].
         query_start_loc: int32 [num_seqs + 1]; every sequence has at least one token.
         seq_lens: int32 [num_seqs].
-        kv_cache: the pool; its first eight bytes hold the number of blocks in it.
+        kv_cache: the pool; its first eight bytes hold the number of blocks in it, and the int32 from
+            COUNTERS_OFFSET on are zero.
         layer: which layer's K and V of each block to read.
-        partial_out: float32 [T, num_splits, NUM_KV_HEADS * GROUP, HEAD_DIM], normalised within the split.
-        partial_lse: float32 [T, num_splits, NUM_KV_HEADS * GROUP], base 2; minus infinity where a split saw
-            nothing, and then its row of ``partial_out`` is not written.
+        out: out, [T, NUM_KV_HEADS * GROUP, HEAD_DIM].
+        partial_out: scratch, float32 [T, num_splits, NUM_KV_HEADS * GROUP, HEAD_DIM]; unused without splits.
+        partial_lse: scratch, float32 [T, num_splits, NUM_KV_HEADS * GROUP], base 2; unused without splits.
         BLOCK_ELEMENTS: elements of one block over all layers.
         MAX_BLOCKS: no pool of this plan has more blocks, whatever its first element says.
         WINDOW: a query sees this many positions up to its own; 0 for all.
@@ -62,18 +70,21 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
     split = tl.program_id(2)
     TOKENS_PER_TILE: tl.constexpr = BLOCK_M // GROUP
 
-    # Sequence s owns the tiles from s + (query_start_loc[s] - s) // TOKENS_PER_TILE: the last s not beyond `tile`.
-    left = 0
-    right = num_seqs
-    while right - left > 1:
-        middle = (left + right) // 2
-        first_tile = middle + (tl.load(query_start_loc + middle) - middle) // TOKENS_PER_TILE
-        if first_tile <= tile:
-            left = middle
-        else:
-            right = middle
-    seq = left
+    # Sequence s owns the tiles from s + (query_start_loc[s] - s) // TOKENS_PER_TILE. While every sequence before
+    # has one token, that is s itself; only a tile behind a longer one has to look for its sequence.
+    seq = tl.minimum(tile, num_seqs - 1)
     query_start = tl.load(query_start_loc + seq)
+    if query_start != tile:
+        seq = 0
+        beyond = num_seqs
+        while beyond - seq > 1:
+            middle = (seq + beyond) // 2
+            first_tile = middle + (tl.load(query_start_loc + middle) - middle) // TOKENS_PER_TILE
+            if first_tile <= tile:
+                seq = middle
+            else:
+                beyond = middle
+        query_start = tl.load(query_start_loc + seq)
     query_len = tl.load(query_start_loc + seq + 1) - query_start
     first_token = (tile - (seq + (query_start - seq) // TOKENS_PER_TILE)) * TOKENS_PER_TILE
     if first_token >= query_len:
@@ -96,13 +107,11 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
         key_start = tl.maximum(seq_len - query_len + first_token - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
     tiles = tl.cdiv(key_end - key_start, BLOCK_N)
     tiles_per_split = tl.cdiv(tiles, num_splits)
+    splits_used = tl.cdiv(tiles, tiles_per_split)
+    if split >= splits_used:
+        return
     begin = key_start + split * tiles_per_split * BLOCK_N
     end = tl.minimum(begin + tiles_per_split * BLOCK_N, key_end)
-
-    out_row = ((query_start + token).to(tl.int64) * num_splits + split) * (NUM_KV_HEADS * GROUP) + head
-    if begin >= end:
-        tl.store(partial_lse + out_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row_mask)
-        return
 
     dim = tl.arange(0, HEAD_DIM_PADDED)
     dim_mask = dim < HEAD_DIM
@@ -156,10 +165,42 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
 
     seen = running_sum > 0.0
     acc = acc / tl.where(seen, running_sum, 1.0)[:, None]
+    out_mask = row_mask[:, None] & dim_mask[None, :]
+    target = out + query_row[:, None] * HEAD_DIM + dim[None, :]
+    if splits_used == 1:
+        tl.store(target, acc.to(out.dtype.element_ty), mask=out_mask)
+        return
+
+    HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    first_row = (query_start + token).to(tl.int64) * num_splits * HEADS + head
     lse = tl.where(seen, running_max + tl.log2(tl.where(seen, running_sum, 1.0)), float("-inf"))
-    tl.store(
-        partial_out + out_row[:, None] * HEAD_DIM + dim[None, :],
-        acc,
-        mask=row_mask[:, None] & dim_mask[None, :],
-    )
-    tl.store(partial_lse + out_row, lse, mask=row_mask)
+    own_row = first_row + split * HEADS
+    tl.store(partial_out + own_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=out_mask)
+    tl.store(partial_lse + own_row, lse, mask=row_mask)
+
+    tl.debug_barrier()  # every thread's stores come before the count
+    counter = kv_cache.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_OFFSET + tile * NUM_KV_HEADS + kv_head
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+    if arrived != splits_used - 1:
+        return
+    tl.store(counter, 0)
+    tl.debug_barrier()
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    combined = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], tl.float32)
+    for other in range(0, splits_used):
+        other_row = first_row + other * HEADS
+        other_lse = tl.load(partial_lse + other_row, mask=row_mask, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            partial_out + other_row[:, None] * HEAD_DIM + dim[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
+        )
+        new_largest = tl.maximum(largest, other_lse)
+        shift = tl.where(new_largest > float("-inf"), new_largest, 0.0)
+        share = tl.exp2(other_lse - shift)
+        decay = tl.exp2(largest - shift)
+        combined = combined * decay[:, None] + part * share[:, None]
+        total = total * decay + share
+        largest = new_largest
+    combined = combined / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(target, combined.to(out.dtype.element_ty), mask=out_mask)

@@ -1,0 +1,168 @@
+"""A real server for tests: `quire serve` as a child process on free ports of the loopback interface."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+QUIRE = Path(sys.executable).with_name("quire")
+READY_TIMEOUT_S = 180
+STOP_TIMEOUT_S = 60
+SHM_PREFIX = "triton_python_backend_shm_region_"
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Three ports that nobody listens on."""
+
+    grpc: int
+    http: int
+    metrics: int
+
+    @classmethod
+    def free(cls) -> Ports:
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for unbound in sockets:
+                unbound.bind(("127.0.0.1", 0))
+            return cls(*(bound.getsockname()[1] for bound in sockets))
+
+    @property
+    def flags(self) -> list[str]:
+        return [
+            f"--grpc-port={self.grpc}",
+            f"--http-port={self.http}",
+            f"--metrics-port={self.metrics}",
+        ]
+
+    @property
+    def grpc_url(self) -> str:
+        return f"127.0.0.1:{self.grpc}"
+
+    @property
+    def http_url(self) -> str:
+        return f"127.0.0.1:{self.http}"
+
+
+@dataclass(slots=True)
+class RunningServer:
+    """A child process that writes lines to stderr; every line is kept."""
+
+    process: subprocess.Popen[str]
+    ports: Ports
+    lines: list[str] = field(default_factory=list)
+    _arrived: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
+
+    @classmethod
+    def start(cls, command: Sequence[str | Path], ports: Ports) -> RunningServer:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        server = cls(process, ports)
+        threading.Thread(target=server._read, daemon=True).start()
+        return server
+
+    def wait_for_line(self, text: str, timeout_s: float = READY_TIMEOUT_S) -> str:
+        """The next line with `text` in it; fails the test if the output ends or time runs out first."""
+        deadline = time.monotonic() + timeout_s
+        while (remaining_s := deadline - time.monotonic()) > 0:
+            try:
+                line = self._arrived.get(timeout=remaining_s)
+            except queue.Empty:
+                break
+            if line is None:
+                raise AssertionError(f"the server ended without {text!r}; it said:\n{self.output}")
+            if text in line:
+                return line
+        raise AssertionError(f"no {text!r} after {timeout_s} s; the server said:\n{self.output}")
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def tree(self) -> list[int]:
+        """Process ids of the child and everything below it."""
+        found = [self.process.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+                found += [int(child) for child in children.split()]
+        return found
+
+    def interrupt(self) -> None:
+        """What Ctrl-C sends to `quire serve`."""
+        self.process.send_signal(signal.SIGINT)
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Exit status, once the process has ended."""
+        return self.process.wait(timeout_s)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            self._arrived.put(line)
+        self._arrived.put(None)
+
+
+@contextlib.contextmanager
+def serving(repository: Path, *flags: str) -> Iterator[RunningServer]:
+    """`quire serve` of a repository, ready when the block begins and gone when it has ended."""
+    with started(repository, *flags) as server:
+        server.wait_for_line("ready: gRPC")
+        yield server
+
+
+@contextlib.contextmanager
+def started(repository: Path, *flags: str) -> Iterator[RunningServer]:
+    """The same without waiting for it to be ready."""
+    ports = Ports.free()
+    server = RunningServer.start([QUIRE, "serve", repository, *ports.flags, *flags], ports)
+    try:
+        yield server
+    finally:
+        end(server)
+
+
+def end(server: RunningServer) -> None:
+    """Stop a server the kind way, then, if it takes too long, with everything below it."""
+    tree = server.tree()
+    if server.process.poll() is None:
+        server.interrupt()
+    try:
+        server.wait()
+    except subprocess.TimeoutExpired:
+        for pid in tree:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        server.wait()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")
+
+
+def shared_memory_files() -> set[str]:
+    """Triton's files in /dev/shm, whichever server's they are."""
+    return {path.name for path in Path("/dev/shm").glob(f"{SHM_PREFIX}*")}

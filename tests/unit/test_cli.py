@@ -1,0 +1,64 @@
+"""The command line, as far as it goes without a server."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from quire import __version__
+from quire.cli import app, parse_size
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1048576", 1 << 20), ("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5gib", 3 << 29), ("64 K", 64000)],
+)
+def test_sizes_are_read_with_and_without_units(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", "5 parsecs", "1e9", "MiB"])
+def test_what_is_no_size_is_refused_by_name(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="not a size"):
+        parse_size(text)
+
+
+def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["serve", str(tmp_path / "nothing")])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: there is no model repository at")
+
+
+def test_brackets_in_an_error_are_not_taken_for_markup(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["serve", str(tmp_path / "[bold]nothing")])
+    assert "[bold]nothing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["serve"], ["serve", "x", "--kv-cache-bytes", "lots"], ["serve", "x", "--grpc-port", "0"], ["nope"]],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_generate_without_a_server_says_so_in_one_line() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{unused.getsockname()[1]}"
+        result = runner.invoke(app, ["generate", "hello", "--url", url, "--timeout", "20"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_version_is_printed() -> None:
+    assert runner.invoke(app, ["--version"]).stdout == f"quire {__version__}\n"

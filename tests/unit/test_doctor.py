@@ -1,0 +1,65 @@
+"""The doctor's findings."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from quire import doctor
+from quire.cli import app
+from quire.doctor import Finding, examine, show
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def finding(subject: str) -> Finding:
+    return next(finding for finding in examine() if finding.subject == subject)
+
+
+def test_a_working_installation_needs_nothing() -> None:
+    assert [finding.remedy for finding in examine() if finding.remedy] == []
+    assert finding("tritonserver").state.startswith("2.")
+
+
+def test_a_numpy_that_the_server_corrupts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"numpy": "2.3.0"}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "1.0"))
+    assert "install 'numpy<2'" in finding("numpy").remedy
+
+
+def test_another_openvino_than_the_pinned_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "2024.1.0")
+    assert finding("openvino").remedy.startswith("pip install openvino==")
+
+
+def test_missing_build_packages_do_not_fail_a_machine_that_only_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "torch" else installed(name))
+    assert finding("torch") == Finding("torch", "not installed; only `quire build` needs it")
+
+
+def test_a_small_dev_shm_makes_the_doctor_exit_with_1_and_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = type(shutil.disk_usage("/"))(16 << 20, 0, 16 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "/dev/shm: make at least 64 MiB of it free" in result.stdout
+
+
+def test_the_report_shows_every_finding_and_repeats_the_remedies() -> None:
+    output = io.StringIO()
+    show([Finding("good", "1.0"), Finding("bad", "0.1", "do [this]")], Console(file=output, width=80))
+    lines = [line.rstrip() for line in output.getvalue().splitlines()]
+    assert lines == ["✓  good  1.0", "✗  bad   0.1", "bad: do [this]"]

@@ -1,0 +1,262 @@
+"""What is checked before a server starts, and the command that comes out."""
+
+from __future__ import annotations
+
+import ctypes.util
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from quire import triton_installation
+from quire.errors import ManifestError, SettingsError, StartupError
+from quire.execution.manifest import (
+    MANIFEST_VERSION,
+    EngineLimits,
+    GateReport,
+    Manifest,
+    ModelDimensions,
+    write_manifest,
+)
+from quire.launcher import Endpoints, LaunchOptions, check_shared_memory, plan_launch
+from quire.settings import ServingSettings
+from quire.triton_installation import STUB_NAME, TritonInstallation, backend_directory, find_triton
+
+MANIFEST = Manifest(
+    version=MANIFEST_VERSION,
+    model=ModelDimensions("llama", 1024, 2, 4, 2, 16),
+    block_size=32,
+    limits=EngineLimits(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=2048),
+    precision="float32",
+    runtime="openvino",
+    runtime_version="1",
+    inputs=(),
+    outputs=(),
+    kv_bytes_per_block=8192,
+    checkpoint_digest="",
+    files={},
+    gate=GateReport(1, 0.0, 0.0, 1.0, 1e-3),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository as far as the launcher looks at it."""
+    root = tmp_path / "repository"
+    for name in ("llm", "scheduler", "engine"):
+        (root / name / "1").mkdir(parents=True)
+        config = ModelConfig(name=name, backend="quire")
+        config.parameters["max_queued_requests"].string_value = "7"
+        (root / name / "config.pbtxt").write_text(text_format.MessageToString(config))
+    write_manifest(MANIFEST, root / "engine" / "1")
+    return root
+
+
+def free_endpoints() -> Endpoints:
+    with socket.socket() as grpc, socket.socket() as http, socket.socket() as metrics:
+        sockets = (grpc, http, metrics)
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return Endpoints("127.0.0.1", *(probe.getsockname()[1] for probe in sockets))
+
+
+def test_the_plan_carries_settings_as_variables_and_ports_as_arguments(repository: Path) -> None:
+    endpoints = free_endpoints()
+    plan = plan_launch(LaunchOptions(repository, endpoints, {"max_num_seqs": 8, "threads": 2}))
+    assert plan.environment["QUIRE_MAX_NUM_SEQS"] == "8"
+    assert plan.environment["QUIRE_THREADS"] == "2"
+    assert "QUIRE_MAX_MODEL_LEN" not in plan.environment
+    assert f"--grpc-port={endpoints.grpc_port}" in plan.argv
+    assert f"--model-repository={repository}" in plan.argv
+    assert plan.environment["PATH"].startswith(str(Path(sys.executable).parent))
+
+
+def test_the_shell_line_survives_a_shell(repository: Path, tmp_path: Path) -> None:
+    spaced = tmp_path / "a folder; with 'quotes'"
+    repository.rename(spaced)
+    line = plan_launch(LaunchOptions(spaced, free_endpoints())).shell_line()
+    words = shlex.split(line)
+    program = words.index(next(word for word in words if word.endswith("/tritonserver")))
+    replaced = [*words[:program], "printf", "%s\n", *words[program + 1 :]]
+    printed = subprocess.run(
+        ["sh", "-c", shlex.join(replaced)], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"--model-repository={spaced}" in printed.splitlines()
+
+
+@pytest.mark.parametrize("limit", ["max_num_seqs", "max_num_batched_tokens", "max_model_len"])
+def test_a_limit_above_the_engines_is_refused_with_both_numbers(repository: Path, limit: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{limit} is 9999, but the engine was built for at most"):
+        plan_launch(LaunchOptions(repository, free_endpoints(), {limit: 9999}))
+
+
+def test_a_limit_in_the_environment_is_checked_too(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUIRE_MAX_NUM_SEQS", "9999")
+    with pytest.raises(SettingsError, match="max_num_seqs is 9999"):
+        plan_launch(LaunchOptions(repository, free_endpoints()))
+
+
+def test_a_taken_port_is_named_with_its_flag(repository: Path) -> None:
+    endpoints = free_endpoints()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", endpoints.http_port))
+        taken.listen()
+        with pytest.raises(StartupError, match=rf"port {endpoints.http_port} for HTTP .*--http-port"):
+            plan_launch(LaunchOptions(repository, endpoints))
+
+
+def test_one_port_for_two_purposes_is_refused() -> None:
+    with pytest.raises(StartupError, match="two purposes"):
+        Endpoints("127.0.0.1", 9001, 9001, 9002).check_free()
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(StartupError, match=r"cannot listen on 192\.0\.2\.1"):
+        Endpoints("192.0.2.1").check_free()
+
+
+@pytest.mark.parametrize(
+    ("address", "url"), [("127.0.0.1", "127.0.0.1:5"), ("0.0.0.0", "127.0.0.1:5"), ("::", "[::1]:5")]
+)
+def test_the_local_url_reaches_whatever_is_listened_on(address: str, url: str) -> None:
+    assert Endpoints(address).local_url(5) == url
+
+
+def test_a_folder_that_is_no_repository_is_refused_with_the_way_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="quire build"):
+        plan_launch(LaunchOptions(tmp_path / "nothing"))
+    with pytest.raises(StartupError, match=r"llm/config\.pbtxt is missing.*quire build"):
+        plan_launch(LaunchOptions(tmp_path))
+
+
+def test_a_corrupt_manifest_is_refused(repository: Path) -> None:
+    (repository / "engine" / "1" / "engine.json").write_text('{"version": 1')
+    with pytest.raises(ManifestError, match=r"engine\.json is damaged"):
+        plan_launch(LaunchOptions(repository))
+
+
+def test_a_corrupt_config_is_refused(repository: Path) -> None:
+    (repository / "scheduler" / "config.pbtxt").write_text("name: {")
+    with pytest.raises(StartupError, match=r"config\.pbtxt is damaged"):
+        plan_launch(LaunchOptions(repository))
+
+
+def test_too_little_shared_memory_is_refused_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage("/"))(64 << 20, 0, 64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_shared_memory(MANIFEST, ServingSettings(max_num_seqs=256))
+    with pytest.raises(StartupError, match=r"64 MiB free and serving needs \d+ MiB"):
+        check_shared_memory(MANIFEST, ServingSettings(max_num_seqs=65536))
+
+
+@pytest.mark.parametrize(
+    ("server", "numpy", "fits"),
+    [
+        ("2.51.0", "1.26.4", True),
+        ("2.51.0", "2.1.0", False),
+        ("2.53.0", "2.1.0", True),
+        (None, "2.1.0", True),
+    ],
+)
+def test_numpy_2_is_refused_where_the_server_corrupts_its_arrays(
+    server: str | None, numpy: str, fits: bool
+) -> None:
+    triton = TritonInstallation(Path("b"), Path("d"), Path("s"), (), server)
+    if fits:
+        triton.check_numpy(numpy)
+    else:
+        with pytest.raises(StartupError, match=r"install 'numpy<2'"):
+            triton.check_numpy(numpy)
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A server laid out as in NVIDIA's image, with a backend that it doesn't share with the wheel."""
+    root = tmp_path / "opt" / "tritonserver"
+    for folder in ("bin", "backends/python", "backends/tensorrt"):
+        (root / folder).mkdir(parents=True)
+    (root / "bin" / "tritonserver").touch()
+    (root / "backends" / "tensorrt" / "libtriton_tensorrt.so").touch()
+    (root / "backends" / "python" / "libtriton_python.so").write_text("library")
+    (root / "TRITON_VERSION").write_text("2.99.0\n")
+    monkeypatch.setattr(triton_installation, "CONTAINER_ROOT", root)
+    yield root
+
+
+def write_stub(root: Path, python: str) -> None:
+    (root / "backends" / "python" / STUB_NAME).write_bytes(f"ELF libpython{python}.so.1.0".encode())
+
+
+def test_the_containers_server_is_preferred_if_it_has_a_stub_for_this_python(container: Path) -> None:
+    write_stub(container, f"{sys.version_info[0]}.{sys.version_info[1]}")
+    triton = find_triton()
+    assert (triton.binary, triton.version) == (container / "bin" / "tritonserver", "2.99.0")
+    write_stub(container, "3.99")
+    assert find_triton().binary != container / "bin" / "tritonserver"
+
+
+def test_without_a_fitting_server_the_sentence_says_which_was_seen_and_what_to_install(
+    container: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_stub(container, "3.99")
+    monkeypatch.setattr(triton_installation, "_wheel_root", lambda: None)
+    with pytest.raises(StartupError, match=r"built for another Python.*install quire\[server\]"):
+        find_triton()
+
+
+def test_a_missing_libpython_is_refused_with_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: None)
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    with pytest.raises(StartupError, match="apt-get install libpython3"):
+        find_triton()
+
+
+def test_the_backend_directory_has_real_files_for_python_and_the_servers_other_backends(
+    container: Path, cache: Path
+) -> None:
+    write_stub(container, f"{sys.version_info[0]}.{sys.version_info[1]}")
+    directory = backend_directory(find_triton())
+    assert directory.is_relative_to(cache)
+    assert not any(path.is_symlink() for path in (directory / "python").iterdir())
+    assert (directory / "python" / STUB_NAME).read_bytes() == (
+        container / "backends" / "python" / STUB_NAME
+    ).read_bytes()
+    assert (directory / "tensorrt" / "libtriton_tensorrt.so").is_file()
+    assert (directory / "quire" / "model.py").is_file()
+
+
+def test_the_backend_directory_is_made_once_and_anew_for_another_server(container: Path) -> None:
+    write_stub(container, f"{sys.version_info[0]}.{sys.version_info[1]}")
+    triton = find_triton()
+    first = backend_directory(triton)
+    assert backend_directory(triton) == first
+    triton.stub.write_bytes(triton.stub.read_bytes() + b" of another build")
+    assert backend_directory(triton) != first
+    assert {path.name for path in first.parent.iterdir()} == {
+        first.name,
+        backend_directory(triton).name,
+    }
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(StartupError, match="set XDG_CACHE_HOME"):
+        backend_directory(find_triton())

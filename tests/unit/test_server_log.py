@@ -1,0 +1,77 @@
+"""What an operator gets to see of the server's output."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import pytest
+
+from quire.server_log import ServerLog
+
+NO_GPU = (
+    'W1123 20:33:02.898682 12 pinned_memory_manager.cc:273] "Unable to allocate pinned system memory, '
+    'pinned memory pool will not be available: CUDA driver version is insufficient"\n'
+    'E1123 20:33:02.898806 12 server.cc:241] "CudaDriverHelper has not been initialized."\n'
+)
+LOAD_FAILURE = (
+    'E1123 20:33:03.255733 12 backend_model.cc:692] "ERROR: Failed to create instance: '
+    'TritonModelException: the first words\\n\\nAt:\\n  model.py(10): initialize\\n"\n'
+    "E1123 20:33:03.255836 12 model_lifecycle.cc:642] \"failed to load 'engine' version 1: Internal: "
+    'TritonModelException: step is \\"x\\"; it must be a number\\n\\nAt:\\n  model.py(10): initialize\\n"\n'
+)
+TABLE = "+-------+\n| Model |\n+-------+\n\n"
+
+
+def read(text: str, *, loaded: bool = False, verbose: bool = False) -> tuple[ServerLog, list[str], bool]:
+    """The log after reading `text`, the lines it let through and whether it reported a failed load."""
+    lines: list[str] = []
+    failed = threading.Event()
+    log = ServerLog(lines.append, verbose=verbose)
+    if loaded:
+        log.loaded()
+    log.follow(io.BytesIO(text.encode()), on_load_failure=failed.set)
+    log.wait_for_end(10)
+    return log, lines, failed.is_set()
+
+
+def test_a_failed_load_becomes_the_models_name_and_its_own_sentence() -> None:
+    log, lines, failed = read(NO_GPU + TABLE + LOAD_FAILURE)
+    assert failed
+    assert log.failure() == 'engine: step is "x"; it must be a number'
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        (
+            NO_GPU + 'E1123 20:33:03.2 12 http_server.cc:1] "failed to bind"\n' + "error: later\n",
+            "failed to bind",
+        ),
+        ("error: unknown option\n", "unknown option"),
+        ("something\nlibb64.so: cannot open\n\n", "its last line: libb64.so: cannot open"),
+        ("", "it printed nothing"),
+    ],
+)
+def test_a_server_that_ends_early_leaves_its_first_error_or_last_line(output: str, sentence: str) -> None:
+    log, _, failed = read(output)
+    assert not failed
+    assert log.failure().endswith(sentence)
+
+
+def test_a_running_servers_warnings_errors_and_prints_go_through_and_nothing_else() -> None:
+    text = (
+        NO_GPU
+        + TABLE
+        + 'I1123 20:33:03.2 12 server.cc:1] "fine"\n'
+        + 'W1123 20:33:03.2 12 server.cc:1] "watch out"\n'
+        + "printed by a component\n"
+    )
+    _, lines, _ = read(text, loaded=True)
+    assert [line[-10:] for line in lines] == ['watch out"', " component"]
+
+
+def test_verbose_lets_everything_through_even_while_loading() -> None:
+    _, lines, _ = read(NO_GPU + TABLE, verbose=True)
+    assert "\n".join(lines) + "\n" == NO_GPU + TABLE
