@@ -6,12 +6,13 @@ import multiprocessing
 from dataclasses import dataclass
 from functools import partial
 
-import corpus
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizer import EOS_ID
 from tokenizers import Tokenizer
+
+import corpus
+from tokenizer import EOS_ID
 
 _SHARD = 1000  # documents that a worker process makes at a time
 

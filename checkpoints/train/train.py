@@ -14,13 +14,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import corpus
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+import corpus
 from model import CausalLM, Shape
 from packing import Packed, pack
-from safetensors.torch import save_file
 from tokenizer import BOS, BOS_ID, EOS, EOS_ID, learn
-from tokenizers import Tokenizer
 
 _HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
 _PROMPTS = (
