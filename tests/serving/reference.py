@@ -35,7 +35,7 @@ class Reference:
     def __init__(self, checkpoint: Path) -> None:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
         self._model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        self._model.eval()
+        self._model.requires_grad_(False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens included."""
@@ -43,7 +43,7 @@ class Reference:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens left out."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def compare(self, prompt: Sequence[int], generated: Sequence[int]) -> Agreement:
         """Whether each generated token is the greedy choice after what came before it."""

@@ -189,13 +189,13 @@ def test_sampling_parameters_go_with_the_rows_that_sample() -> None:
     )
     cold = request("c", [4], SamplingParams(temperature=1e-30))
     batch = make_batch()
-    spans = [(greedy, 0, 1), (drawn, 0, 2), (cold, 0, 1)]
-    step = prepare(batch, output(spans, sampling=[1, 2], new={"g": [1], "d": [2], "c": [3]}))
+    spans = [(greedy, 0, 1), (cold, 0, 1), (drawn, 0, 2)]
+    step = prepare(batch, output(spans, sampling=[0, 2], new={"g": [1], "d": [2], "c": [3]}))
     sampling = step.sampling
-    assert sampling.inverse_temperature.tolist() == pytest.approx([2, 1 / SMALLEST_TEMPERATURE])
-    assert (sampling.top_k[0], sampling.top_p[0], sampling.min_p[0]) == (7, 0.9, 0.1)
-    assert sampling.seed[0] == 2**64 - 1
+    assert sampling.inverse_temperature.tolist() == [0, 2]
+    assert (sampling.top_k[1], sampling.top_p[1], sampling.min_p[1]) == (7, 0.9, 0.1)
+    assert sampling.seed[1] == 2**64 - 1
     assert sampling.output_index.tolist() == [0, 0]
-    step = prepare(batch, output([(greedy, 1, 1), (drawn, 2, 1)], sampling=[0, 1]))
-    assert step.sampling.inverse_temperature.tolist() == [0, 2]
-    assert step.sampling.output_index.tolist() == [1, 1]
+    step = prepare(batch, output([(cold, 0, 1), (drawn, 2, 1)], sampling=[0, 1]))
+    assert step.sampling.inverse_temperature.tolist() == pytest.approx([1 / SMALLEST_TEMPERATURE, 2])
+    assert step.sampling.output_index.tolist() == [0, 1]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,6 @@ from quire.errors import SettingsError
 from quire.execution import kv_pool, machine
 from quire.execution.kv_pool import DEFAULT_CAP_BYTES, num_pool_blocks
 from quire.execution.machine import available_cores, available_memory_bytes
-from quire.execution.manifest import Manifest
 
 MIB = 1 << 20
 
@@ -66,7 +66,7 @@ def test_memory_is_what_the_tightest_group_leaves_and_page_cache_is_free(groups:
 def pool(monkeypatch: pytest.MonkeyPatch, *, free: int, kv_cache_bytes: int = 0, block: int = MIB) -> int:
     """Blocks for requests of 100 tokens, in blocks of 32 tokens."""
     monkeypatch.setattr(kv_pool, "available_memory_bytes", lambda: free)
-    manifest = type("SomeManifest", (), {"block_size": 32, "kv_bytes_per_block": block})
+    manifest = SimpleNamespace(block_size=32, kv_bytes_per_block=block)
     return num_pool_blocks(manifest, kv_cache_bytes, max_model_len=100)  # type: ignore[arg-type]
 
 

@@ -48,14 +48,14 @@ def test_a_manifest_reads_as_it_was_written_and_its_files_hold(manifest: Manifes
 
 
 def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="cannot read .*engine.json.*quire build"):
+    with pytest.raises(ManifestError, match=r"cannot read .*engine\.json.*quire build"):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{", b"null", b'{"version": 1}'])
 def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "engine.json").write_bytes(content)
-    with pytest.raises(ManifestError, match="engine.json is damaged.*quire build"):
+    with pytest.raises(ManifestError, match=r"engine\.json is damaged.*quire build"):
         read_manifest(tmp_path)
 
 
@@ -94,8 +94,8 @@ def test_a_manifest_of_another_version_is_refused(manifest: Manifest, tmp_path: 
 
 def test_missing_and_changed_files_are_refused(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"Graph")
-    with pytest.raises(ManifestError, match="model.onnx has changed"):
+    with pytest.raises(ManifestError, match=r"model\.onnx has changed"):
         verify_files(manifest, tmp_path)
     (tmp_path / "model.onnx").unlink()
-    with pytest.raises(ManifestError, match="model.onnx is missing"):
+    with pytest.raises(ManifestError, match=r"model\.onnx is missing"):
         verify_files(manifest, tmp_path)

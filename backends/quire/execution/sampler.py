@@ -20,7 +20,7 @@ from quire.execution.philox import uniforms
 SMALLEST_TEMPERATURE = 1e-5
 """Temperatures between 0 and this one count as this one: its inverse is still a number."""
 
-CUTS = (2.0**-8, 2.0**-12, 2.0**-18, 0.0)
+CUTS = (2.0**-8, 2.0**-16, 0.0)
 """Candidates are looked for among those with at least this weight, relative to the best one's; rows that
 these do not decide go on to the next cut, and the last takes the whole vocabulary."""
 
@@ -156,18 +156,31 @@ def _descending(
     Returns:
         [N, K] ids, [N, K] weights, padded with weight 0 to the longest row, and [N] candidates per row.
     """
-    rows, ids = np.divmod(np.flatnonzero(weights >= cut), weights.shape[1])
-    counts = np.bincount(rows, minlength=len(weights))
-    starts = np.cumsum(counts) - counts
-    columns = np.arange(len(rows)) - starts[rows]
-    # The bits of a float32 that is not negative are ordered as its value is. With the bits' complement
-    # above the id, one ascending sort of integers gives the order, ties included.
-    bits = weights[rows, ids].view(np.uint32).astype(np.uint64)
-    keys = np.full((len(weights), counts.max()), np.iinfo(np.uint64).max)
-    keys[rows, columns] = ((np.uint64(0xFFFFFFFF) - bits) << np.uint64(32)) | ids.astype(np.uint64)
+    num_rows, vocab_size = weights.shape
+    found = np.flatnonzero(weights >= cut)
+    if len(found) > weights.size // 4:  # sorting all is quicker than picking so many out
+        counts = np.full(num_rows, vocab_size)
+        keys = _descending_keys(weights, np.arange(vocab_size))
+    else:
+        rows, ids = np.divmod(found, vocab_size)
+        counts = np.bincount(rows, minlength=num_rows)
+        columns = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+        keys = np.full((num_rows, counts.max()), np.iinfo(np.uint64).max)
+        keys[rows, columns] = _descending_keys(weights[rows, ids], ids)
     keys.sort(axis=1)
     ordered = (~keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
     return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64), ordered, counts
+
+
+def _descending_keys(weights: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Integers whose ascending order is that of descending weight, among equals of ascending id.
+
+    The bits of a float32 that is not negative are ordered as its value is; their complement goes above the
+    id. The largest integer of all stands for weight 0.
+    """
+    descending = (~weights.view(np.uint32)).astype(np.uint64)
+    keys: NDArray[np.uint64] = (descending << np.uint64(32)) | ids.astype(np.uint64)
+    return keys
 
 
 def _mass_of_first(count: NDArray[np.int64], cumulative: NDArray[np.float64]) -> NDArray[np.float64]:

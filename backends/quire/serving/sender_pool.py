@@ -44,7 +44,7 @@ class SenderPool(Generic[Stream]):
             self._changed.notify(len(self._threads))
 
     def close(self, timeout_s: float) -> None:
-        """Serve what is waiting, then end the threads; gives up after `timeout_s` seconds for each."""
+        """Serve what is waiting, then end the threads, waiting at most `timeout_s` seconds for each."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -56,11 +56,12 @@ class SenderPool(Generic[Stream]):
             self._serve(stream)
             with self._changed:
                 self._being_served.discard(stream)
-                if stream in self._waiting:
-                    self._changed.notify()
 
     def _next(self) -> Stream | None:
-        """The stream that has waited longest and is not being served; None once closed and empty."""
+        """The stream that has waited longest and is not being served; None once closed.
+
+        A stream that is being served is left to the thread that serves it, which comes back here.
+        """
         with self._changed:
             while True:
                 for stream in self._waiting:
@@ -68,6 +69,6 @@ class SenderPool(Generic[Stream]):
                         del self._waiting[stream]
                         self._being_served.add(stream)
                         return stream
-                if self._closed and not self._waiting:
+                if self._closed:
                     return None
                 self._changed.wait()

@@ -1,4 +1,4 @@
-"""Registers the plan's own operators with TensorRT: write, attend and reduce, with their kernels inside the plan.
+"""Registers the plan's own operators with TensorRT: write and attend, with their kernels inside the plan.
 
 They are TensorRT's quick-deployable plugins with ahead-of-time kernels: the PTX travels in the plan, which then
 needs no shared library and no Python to run. TensorRT passes each kernel its input pointers, then integers it
@@ -16,7 +16,6 @@ from typing import Any
 from quire_build.tensorrt.kernels.compiled import CompiledKernel, compile_kernel
 from quire_build.tensorrt.kernels.kv_write import kv_write
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
-from quire_build.tensorrt.kernels.reduce import reduce_splits
 
 NAMESPACE = "quire"
 PROGRAMS_WANTED = 256
@@ -24,7 +23,7 @@ PROGRAMS_WANTED = 256
 
 
 def most_splits(num_kv_heads: int) -> int:
-    """Splits of a launch with a single query tile; also the rows that splitting can add to the partial results."""
+    """Splits of a launch with a single query tile: tiles times splits never exceed it, unless nothing is split."""
     return max(1, PROGRAMS_WANTED // num_kv_heads)
 
 
@@ -35,7 +34,7 @@ def power_of_two(n: int) -> int:
 
 @functools.cache
 def register_plugins(arch: int) -> None:
-    """Make KvWrite, PagedAttend and ReduceSplits known to TensorRT in this process.
+    """Make KvWrite and PagedAttend known to TensorRT in this process.
 
     Args:
         arch: compute capability the kernels are compiled for, 90 for 9.0.
@@ -143,9 +142,10 @@ def register_plugins(arch: int) -> None:
         max_blocks: int,
         window: int,
         tile_rows: int,
-    ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
-        rows = query.shape_expr[0] + most_splits(num_kv_heads)
+    ) -> tuple[trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc]:
+        rows = tile_rows // (num_heads // num_kv_heads) * most_splits(num_kv_heads)
         return (
+            trtp.from_shape_expr((query.shape_expr[0], num_heads * head_dim), query.dtype),
             trtp.from_shape_expr((rows, num_heads, head_dim), trt.float32),
             trtp.from_shape_expr((rows, num_heads), trt.float32),
         )
@@ -166,7 +166,7 @@ def register_plugins(arch: int) -> None:
         max_blocks: int,
         window: int,
         tile_rows: int,
-        outputs: tuple[trtp.TensorDesc, trtp.TensorDesc],
+        outputs: tuple[trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
         group = num_heads // num_kv_heads
@@ -181,6 +181,7 @@ def register_plugins(arch: int) -> None:
             "blocks_per_table": "i32",
             "num_splits": "i32",
             "layer": "i32",
+            "out": model_type,
             "partial_out": "*fp32",
             "partial_lse": "*fp32",
         }
@@ -198,55 +199,9 @@ def register_plugins(arch: int) -> None:
             "BLOCK_N": 64,
         }
         kernel = compile_kernel(
-            paged_attention, types, constants, arch=arch, num_warps=4 if tile_rows < 128 else 8, num_stages=3
+            paged_attention, types, constants, arch=arch, num_warps=4 if tile_rows < 128 else 8, num_stages=2
         )
         tokens, seqs = query.shape_expr[0], block_tables.shape_expr[0]
         num_splits = splits(tokens, seqs, tile_rows // group, num_kv_heads)
         grid = (tiles(tokens, seqs, tile_rows // group), num_kv_heads, num_splits)
         return launch(kernel, grid, (seqs, block_tables.shape_expr[1], num_splits, layer))
-
-    @trtp.register(f"{NAMESPACE}::ReduceSplits")
-    def describe_reduce(
-        partial_out: trtp.TensorDesc,
-        partial_lse: trtp.TensorDesc,
-        query: trtp.TensorDesc,
-        block_tables: trtp.TensorDesc,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        tile_rows: int,
-    ) -> trtp.TensorDesc:
-        return trtp.from_shape_expr((query.shape_expr[0], num_heads * head_dim), query.dtype)
-
-    @trtp.aot_impl(f"{NAMESPACE}::ReduceSplits")
-    def implement_reduce(
-        partial_out: trtp.TensorDesc,
-        partial_lse: trtp.TensorDesc,
-        query: trtp.TensorDesc,
-        block_tables: trtp.TensorDesc,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        tile_rows: int,
-        outputs: tuple[trtp.TensorDesc],
-        tactic: int,
-    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        model_type = f"*{element[query.dtype]}"
-        types = {
-            "partial_out": "*fp32",
-            "partial_lse": "*fp32",
-            "query": model_type,
-            "block_tables": "*i32",
-            "num_splits": "i32",
-            "out": model_type,
-        }
-        constants = {
-            "NUM_HEADS": num_heads,
-            "HEAD_DIM": head_dim,
-            "HEAD_DIM_PADDED": power_of_two(head_dim),
-            "SPLITS_AT_ONCE": 16,
-        }
-        kernel = compile_kernel(reduce_splits, types, constants, arch=arch, num_warps=2)
-        tokens, seqs = query.shape_expr[0], block_tables.shape_expr[0]
-        num_splits = splits(tokens, seqs, tile_rows // (num_heads // num_kv_heads), num_kv_heads)
-        return launch(kernel, (tokens, num_heads), (num_splits,))

@@ -1,0 +1,243 @@
+"""Starting and stopping: what a server refuses to start with, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.serving.running_server import (
+    QUIRE,
+    Ports,
+    RunningServer,
+    end,
+    is_running,
+    serving,
+    shared_memory_files,
+    started,
+)
+
+from quire_client import Client, QuireClientError, TokenStream
+
+PROMPT = "Once upon a time"
+SMALL_POOL = "--kv-cache-bytes=64MiB"
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 30) -> bool:
+    """Whether something that can only be asked for comes true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def rendezvous_folders(server_pids: list[int]) -> list[Path]:
+    runtime_dirs = {
+        Path(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())),
+        Path(tempfile.gettempdir()),
+    }
+    return [path for folder in runtime_dirs for pid in server_pids for path in folder.glob(f"quire-{pid}-*")]
+
+
+@contextlib.contextmanager
+def leaves_nothing(repository: Path, *flags: str) -> Iterator[RunningServer]:
+    """A ready server; after the block, which stops it, nothing of it must be left."""
+    memory_before = shared_memory_files()
+    with started(repository, SMALL_POOL, *flags) as server:
+        server.wait_for_line("ready: gRPC")
+        tree = server.tree()
+        assert len(tree) >= 5, "quire, tritonserver and a process per model instance"
+        assert rendezvous_folders(tree)
+        yield server
+        server.wait()
+        assert eventually(lambda: not any(is_running(pid) for pid in tree))
+        assert shared_memory_files() <= memory_before
+        assert rendezvous_folders(tree) == []
+
+
+def long_stream(server: RunningServer, max_tokens: int = 1500) -> TokenStream:
+    """A request that is under way: its first token has come."""
+    stream = Client(server.ports.grpc_url).stream(
+        PROMPT, max_tokens=max_tokens, temperature=2.0, seed=1, timeout_s=120
+    )
+    next(stream)
+    return stream
+
+
+def test_ctrl_c_lets_requests_finish_and_leaves_nothing(repository: Path) -> None:
+    with leaves_nothing(repository) as server:
+        stream = long_stream(server, max_tokens=300)
+        server.interrupt()
+        server.wait_for_line("draining")
+        result = stream.result()
+        assert result.num_output_tokens == 300 or result.finish_reason == "stop"
+        assert server.wait() == 0
+
+
+def test_ctrl_c_on_an_idle_server_stops_within_the_exit_timeout(repository: Path) -> None:
+    with leaves_nothing(repository, "--exit-timeout=10") as server:
+        asked = time.monotonic()
+        os.kill(server.process.pid, signal.SIGTERM)
+        assert server.wait() == 0
+        assert time.monotonic() - asked < 10 + 5
+
+
+def test_a_server_that_drains_takes_no_new_requests(repository: Path) -> None:
+    with leaves_nothing(repository) as server, Client(server.ports.grpc_url) as client:
+        under_way = long_stream(server, max_tokens=600)
+        server.interrupt()
+        server.wait_for_line("draining")
+
+        def refused() -> bool:
+            try:
+                client.generate(PROMPT, max_tokens=1, timeout_s=30)
+            except QuireClientError:
+                return True
+            return False
+
+        assert eventually(refused)
+        under_way.cancel()
+
+
+def test_a_second_ctrl_c_kills_at_once(repository: Path) -> None:
+    with leaves_nothing(repository, "--exit-timeout=100") as server:
+        streams = [long_stream(server) for _ in range(4)]
+        server.interrupt()
+        server.wait_for_line("draining")
+        server.interrupt()
+        server.wait_for_line("killing", timeout_s=10)
+        assert server.wait(timeout_s=15) == 0
+        for stream in streams:
+            with pytest.raises(QuireClientError):
+                stream.result()
+
+
+def test_a_killed_launcher_takes_its_server_along(repository: Path) -> None:
+    with serving(repository, SMALL_POOL) as server:
+        tree = server.tree()
+        server.process.kill()
+        assert eventually(lambda: not any(is_running(pid) for pid in tree))
+
+
+def test_a_crashed_server_is_reported_and_its_components_end(repository: Path) -> None:
+    with leaves_nothing(repository) as server:
+        os.kill(server.tree()[1], signal.SIGKILL)
+        assert server.wait() == 1
+        assert "the server ended by itself" in server.output
+
+
+def test_a_second_server_on_the_same_ports_is_refused(server: RunningServer, repository: Path) -> None:
+    refusal = refused_start(repository, *server.ports.flags)
+    assert f"port {server.ports.grpc} for gRPC" in refusal
+    assert "--grpc-port" in refusal
+
+
+def test_a_bare_tritonserver_started_by_hand_serves_the_same_repository(
+    repository: Path, client: Client
+) -> None:
+    ports = Ports.free()
+    command = [QUIRE, "serve", repository, "--print-command", SMALL_POOL, *ports.flags]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    bare = RunningServer.start(["sh", "-c", f"exec {line}"], ports)
+    tree: list[int] = []
+    try:
+        bare.wait_for_line("Started HTTPService")
+        tree = bare.tree()
+        with Client(ports.grpc_url) as bare_client:
+            assert bare_client.is_ready()
+            expected = client.generate(PROMPT, max_tokens=24, temperature=0)
+            assert bare_client.generate(PROMPT, max_tokens=24, temperature=0) == expected
+        bare.process.terminate()
+        bare.wait()
+        assert eventually(lambda: not any(is_running(pid) for pid in tree))
+        assert rendezvous_folders(tree) == []
+    finally:
+        end(bare)
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--max-num-seqs", "max_num_seqs"),
+        ("--max-num-batched-tokens", "max_num_batched_tokens"),
+        ("--max-model-len", "max_model_len"),
+    ],
+)
+def test_a_limit_above_the_engines_is_refused_at_start(repository: Path, flag: str, name: str) -> None:
+    refusal = refused_start(repository, flag, "1000000")
+    assert f"{name} is 1000000, but the engine was built for at most" in refusal
+
+
+def test_a_bare_server_refuses_a_limit_above_the_engines_too(repository: Path) -> None:
+    command = [QUIRE, "serve", repository, "--print-command", *Ports.free().flags]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    refusal = subprocess.run(
+        ["sh", "-c", line],
+        env={**os.environ, "QUIRE_MAX_NUM_SEQS": "1000000"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert refusal.returncode == 1
+    assert "max_num_seqs is 1000000, but the engine was built for at most" in refusal.stderr
+
+
+def test_a_lower_limit_holds_for_requests(repository: Path) -> None:
+    flags = ("--max-model-len=64", "--max-num-seqs=2", "--max-num-batched-tokens=32")
+    with serving(repository, SMALL_POOL, *flags) as server, Client(server.ports.grpc_url) as client:
+        with pytest.raises(QuireClientError, match=r"max_tokens is 500; .* \(max_model_len is 64\)"):
+            client.generate(PROMPT, max_tokens=500)
+        assert client.generate(PROMPT, max_tokens=8, temperature=0).num_output_tokens > 0
+
+
+@pytest.fixture
+def damaged(repository: Path, tmp_path: Path) -> Path:
+    """A copy of the repository, to be damaged."""
+    return Path(shutil.copytree(repository, tmp_path / "damaged"))
+
+
+def test_a_corrupt_manifest_is_refused(damaged: Path) -> None:
+    (damaged / "engine" / "1" / "engine.json").write_bytes(b"\x00garbage")
+    assert "engine.json is damaged" in refused_start(damaged)
+
+
+def test_a_repository_built_for_another_runtime_version_is_refused(damaged: Path) -> None:
+    path = damaged / "engine" / "1" / "engine.json"
+    manifest = json.loads(path.read_bytes())
+    path.write_text(json.dumps(manifest | {"runtime_version": "2020.1.0"}))
+    refusal = refused_start(damaged)
+    assert "2020.1.0" in refusal
+    assert "quire build" in refusal
+
+
+def test_an_engine_file_that_changed_after_the_build_is_refused(damaged: Path) -> None:
+    model = damaged / "engine" / "1" / "model.onnx"
+    model.write_bytes(model.read_bytes() + b"\0")
+    assert "model.onnx has changed since it was built" in refused_start(damaged)
+
+
+def test_a_missing_model_is_refused(damaged: Path) -> None:
+    shutil.rmtree(damaged / "scheduler")
+    assert "scheduler/config.pbtxt is missing" in refused_start(damaged)
+
+
+def refused_start(repository: Path, *flags: str) -> str:
+    """The one error line of a server that does not start, and that leaves nothing."""
+    memory_before = shared_memory_files()
+    with started(repository, *flags) as server:
+        line = server.wait_for_line("error: ")
+        assert server.wait() == 1
+    assert server.output.count("error: ") == 1
+    assert "Traceback" not in server.output
+    assert shared_memory_files() <= memory_before
+    return line
