@@ -27,6 +27,8 @@ MAX_FAILED_STEPS = 3
 ENGINE_PATIENCE_S = 2.0
 """How long to wait after a failed step for the engine to answer again."""
 
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -80,14 +82,14 @@ class EngineCore:
         )
         self._overlap = config.async_scheduling
         self._step_timeout_s = step_timeout_s
-        self._running: _Step | None = None
+        self._under_way: list[_Step] = []
         self._epoch: int | None = None
         self._failed_steps_of: dict[str, int] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether another turn would do something."""
-        return self._running is not None or self.scheduler.has_unfinished_requests()
+        return bool(self._under_way) or self.scheduler.has_unfinished_requests()
 
     def add_request(self, request: Request) -> None:
         """Take a request; the next turn may schedule it."""
@@ -111,20 +113,27 @@ class EngineCore:
             PeerLostError: the engine failed and does not answer again, or came back with another pool;
                 this core is of no further use.
         """
-        upcoming: _Step | None = None
         try:
-            upcoming = self._schedule_and_prepare()
-            if not self._overlap:
-                self._running, upcoming = upcoming, None
-                self._submit(self._running)
-            token_ids = self._collect_and_sample(self._running)
-            if upcoming is not None:
-                patch(upcoming.prepared.inputs, token_ids)
-                self._submit(upcoming)
-            finished, self._running = self._running, upcoming
+            return self._turn_overlapped() if self._overlap else self._turn()
         except (EngineStepError, PeerLostError) as error:
-            return self._recover(error, [step for step in (self._running, upcoming) if step])
-        return self._update(finished, token_ids)
+            return self._recover(error)
+
+    def _turn(self) -> StepResult:
+        step = self._schedule_and_prepare()
+        if step is None:
+            return StepResult()
+        self._submit(step)
+        token_ids = self._collect_and_sample(step)
+        return self._update(step, token_ids)
+
+    def _turn_overlapped(self) -> StepResult:
+        running = self._under_way[0] if self._under_way else None
+        upcoming = self._schedule_and_prepare()  # while the engine computes `running`
+        token_ids = self._collect_and_sample(running) if running else _NO_TOKENS
+        if upcoming:
+            patch(upcoming.prepared.inputs, token_ids)
+            self._submit(upcoming)
+        return self._update(running, token_ids) if running else StepResult()
 
     def _schedule_and_prepare(self) -> _Step | None:
         """The next step, or None if no request can run now."""
@@ -132,21 +141,21 @@ class EngineCore:
         self._batch.update_rows(scheduled)
         if not scheduled.requests:
             return None
-        return _Step(scheduled, self._batch.prepare(scheduled))
+        step = _Step(scheduled, self._batch.prepare(scheduled))
+        self._under_way.append(step)
+        return step
 
-    def _submit(self, step: _Step | None) -> None:
-        if step is not None:
-            step.handle = self._executor.submit(step.prepared.inputs)
+    def _submit(self, step: _Step) -> None:
+        step.handle = self._executor.submit(step.prepared.inputs)
 
-    def _collect_and_sample(self, step: _Step | None) -> NDArray[np.int32]:
-        """Wait for the step's logits and choose its tokens [N].
+    def _collect_and_sample(self, step: _Step) -> NDArray[np.int32]:
+        """Wait for a submitted step's logits and choose its tokens [N].
 
         Raises:
             EngineStepError: the step failed, or its pool is not the one that earlier steps wrote to.
             PeerLostError: the engine is gone.
         """
-        if step is None or step.handle is None:
-            return np.zeros(0, dtype=np.int32)
+        assert step.handle is not None
         output = step.handle.result(self._step_timeout_s)
         pool = output.pool_info
         if self._epoch is None:
@@ -157,10 +166,9 @@ class EngineCore:
         self._batch.record(step.prepared, token_ids)
         return token_ids
 
-    def _update(self, step: _Step | None, token_ids: NDArray[np.int32]) -> StepResult:
-        """Tell the scheduler what a step brought."""
-        if step is None:
-            return StepResult()
+    def _update(self, step: _Step, token_ids: NDArray[np.int32]) -> StepResult:
+        """Tell the scheduler what the oldest step under way brought."""
+        del self._under_way[0]
         outputs = self.scheduler.update_from_output(step.scheduled, token_ids.tolist())
         self.statistics.steps += 1
         self.statistics.scheduled_tokens += step.scheduled.total_num_scheduled_tokens
@@ -170,11 +178,10 @@ class EngineCore:
                 self._failed_steps_of.pop(output.request.request_id, None)
         return StepResult(outputs)
 
-    def _recover(self, error: QuireError, lost: list[_Step]) -> StepResult:
+    def _recover(self, error: QuireError) -> StepResult:
         """Start over after a failed step: an empty cache, and every running request waiting to be resumed."""
         self.statistics.failed_steps += 1
-        self._running = None
-        self._batch.clear()
+        lost, self._under_way = self._under_way, []
         self.scheduler.reset_after_pool_loss()
         failures = self._give_up_on_requests(error, lost)
         pool = self._executor.pool_info(ENGINE_PATIENCE_S)
@@ -185,21 +192,19 @@ class EngineCore:
 
     def _give_up_on_requests(self, error: QuireError, lost: list[_Step]) -> list[tuple[str, QuireError]]:
         """Count the failure against the requests that took part, and end those that have had their share."""
-        part_takers = {
+        part_takers = dict.fromkeys(
             request.request_id
             for step in lost
             for request in step.scheduled.requests
             if request.status < RequestStatus.FINISHED_STOPPED
-        }
-        self._failed_steps_of.update(
-            (request_id, self._failed_steps_of.get(request_id, 0) + 1) for request_id in part_takers
         )
-        given_up = [
-            request_id for request_id in part_takers if self._failed_steps_of[request_id] == MAX_FAILED_STEPS
-        ]
+        given_up = []
+        for request_id in part_takers:
+            self._failed_steps_of[request_id] = self._failed_steps_of.get(request_id, 0) + 1
+            if self._failed_steps_of[request_id] == MAX_FAILED_STEPS:
+                del self._failed_steps_of[request_id]
+                given_up.append(request_id)
         self.scheduler.fail_requests(given_up)
-        for request_id in given_up:
-            del self._failed_steps_of[request_id]
         return [
             (request_id, EngineStepError(f"the engine failed {MAX_FAILED_STEPS} steps in a row: {error}"))
             for request_id in given_up

@@ -22,9 +22,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 
-from quire.draining import drain
 from quire.errors import QuireError, StartupError
 from quire.launcher import SERVER_EXIT_TIMEOUT_S, SHM_DIR, LaunchPlan
+from quire.scheduler_control import ask_scheduler
 from quire.server_log import ServerLog
 from quire.serving.rendezvous import Rendezvous
 
@@ -156,14 +156,14 @@ class ServerProcess:
         endpoints = self._plan.endpoints
         url = endpoints.local_url(endpoints.grpc_port)
 
-        def ask_scheduler() -> None:
+        def drain() -> None:
             try:
-                drain(url, access_key, timeout_s=remaining_s)
+                ask_scheduler(url, access_key, "drain", timeout_s=remaining_s)
             except QuireError as error:
                 self._report(f"draining failed: {error}")
             self._events.put(_Event.DRAINED)
 
-        threading.Thread(target=ask_scheduler, daemon=True).start()
+        threading.Thread(target=drain, daemon=True).start()
         self._wait_for(_Event.DRAINED, deadline)
 
     def _wait_for(self, awaited: _Event, deadline: float) -> None:

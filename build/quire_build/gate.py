@@ -22,9 +22,10 @@ Precision = Literal["float32", "bf16"]
 
 LOGIT_TOLERANCE = 1e-3
 """float32: largest difference of a logit."""
-PROBABILITY_TOLERANCE = 0.1
-"""bf16: largest difference of a token's probability. Logits carry 8 bits of mantissa there, so a bound on
-them would depend on the model's scale; what sampling sees does not."""
+PROBABILITY_TOLERANCE = 0.2
+"""bf16: largest difference of a token's probability. With 8 bits of mantissa a bound on logits would depend
+on the model's scale; what sampling sees does not. Rounding alone was measured at 0.04 (random weights) and
+0.07 (the project's own checkpoint); a wrong block or position comes close to 1."""
 
 TOLERANCES: Mapping[Precision, float] = {"float32": LOGIT_TOLERANCE, "bf16": PROBABILITY_TOLERANCE}
 
@@ -85,9 +86,8 @@ def enforce(report: GateReport, precision: Precision) -> None:
     )
     if not error <= report.tolerance:
         raise NumericsGateError(
-            f"the engine differs from the torch module: max |delta {quantity}| is {error:.3g}, "
-            f"the tolerance for {precision} is {report.tolerance:g}; nothing was published "
-            f"({describe(report)})"
+            f"the engine differs from the torch module: max |delta {quantity}| is {error:.3g}, more than "
+            f"{precision} allows; nothing was published. Measured: {describe(report)}"
         )
 
 
@@ -96,7 +96,8 @@ def describe(report: GateReport) -> str:
     return (
         f"max |delta logit| {report.max_abs_logit_error:.2e}, "
         f"max |delta probability| {report.max_abs_probability_error:.2e}, "
-        f"top-1 agreement {report.top1_agreement:.2%} over {report.positions} positions"
+        f"top-1 agreement {report.top1_agreement:.2%} over {report.positions} positions "
+        f"(tolerance {report.tolerance:g})"
     )
 
 

@@ -52,6 +52,7 @@ BLOCK_SIZE = 32
 """Tokens in a block: the only size that OpenVINO's CPU kernel takes."""
 KV_ELEMENT_BYTES = {"float32": 4, "bf16": 2}
 RECORD_FILE = "build.json"
+INSTALL_HINT = "install it with `pip install 'quire[build,cpu]'`"
 
 Progress = Callable[[str], None]
 
@@ -145,7 +146,10 @@ def build(
 def _build_engine(source: Checkpoint, record: BuildRecord, engine_dir: Path, progress: Progress) -> Manifest:
     """Export, load and check the engine; afterwards `engine_dir` holds it with its manifest."""
     progress("starting torch")
-    from quire_build.export import GRAPH_FILE, WEIGHTS_FILE, export_onnx
+    try:
+        from quire_build.export import GRAPH_FILE, WEIGHTS_FILE, export_onnx
+    except ModuleNotFoundError as error:
+        raise BuildError(f"building needs the package {error.name}; {INSTALL_HINT}") from error
 
     progress(f"reading {source.directory} ({source.config.architecture})")
     decoder = load_decoder(source, num_positions=record.limits.max_model_len)
@@ -268,7 +272,7 @@ def _runtime_version() -> str:
     try:
         return importlib.metadata.version(RUNTIME)
     except importlib.metadata.PackageNotFoundError:
-        raise BuildError("openvino is not installed; install it with `pip install 'quire[cpu]'`") from None
+        raise BuildError(f"building needs the package {RUNTIME}; {INSTALL_HINT}") from None
 
 
 def _builder_digest() -> str:

@@ -24,6 +24,7 @@ from quire_build.pipeline import build
 from quire_build.torch_executor import TorchExecutor
 from quire_build.workload import Workload
 
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "quire-small"
 VOCAB_SIZE = 512
 DIMENSIONS: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -98,6 +99,12 @@ CASES = (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    """Models this small only lose by more threads, most of all on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_interleaved_sequences_get_the_logits_and_tokens_of_transformers(
@@ -119,6 +126,18 @@ def test_the_cpu_engine_gets_the_logits_and_tokens_of_transformers(case: Case, t
     workload = interleaved_workload(block_size=32)
     engine = OpenVINOEngine(tmp_path / "repository" / "engine" / "1", kv_cache_bytes=1 << 26, warm_up_s=0.0)
     assert engine.pool_info.num_blocks >= workload.num_blocks
+    check_against(model, OpenVINOExecutor(engine), workload)
+
+
+def test_the_shipped_checkpoint_continues_text_as_transformers_does(tmp_path: Path) -> None:
+    build(SHIPPED, tmp_path / "repository")
+    model = transformers.AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    prompts = [tokenizer.encode(text).ids for text in ("The cat", "Once upon a time", "A", "Question: What")]
+    workload = Workload(
+        prompts, num_new_tokens=64, block_size=32, max_num_seqs=3, max_num_batched_tokens=64, chunk=2
+    )
+    engine = OpenVINOEngine(tmp_path / "repository" / "engine" / "1", kv_cache_bytes=1 << 27, warm_up_s=0.0)
     check_against(model, OpenVINOExecutor(engine), workload)
 
 

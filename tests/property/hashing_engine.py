@@ -30,7 +30,8 @@ def context_logits(entries: NDArray[np.uint64]) -> NDArray[np.float32]:
     digest = (entries * _WEIGHTS[: len(entries)]).sum()
     digest ^= digest >> np.uint64(29)
     spread = (digest * _SCATTER) >> np.uint64(40)
-    return spread.astype(np.float32) / np.float32(2**22)
+    logits: NDArray[np.float32] = spread.astype(np.float32) / np.float32(2**22)
+    return logits
 
 
 def entries_of(token_ids: Sequence[int]) -> NDArray[np.uint64]:

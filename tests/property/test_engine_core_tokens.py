@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hashing_engine import VOCAB_SIZE, Failures, HashingExecutor, context_logits, entries_of
+from tests.property.hashing_engine import (
+    VOCAB_SIZE,
+    Failures,
+    HashingExecutor,
+    context_logits,
+    entries_of,
+)
 
 from quire.engine_core import MAX_FAILED_STEPS, EngineCore
 from quire.errors import EngineStepError, PeerLostError, QuireError

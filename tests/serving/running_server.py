@@ -15,9 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quire_client import SamplingOptions
+
 QUIRE = Path(sys.executable).with_name("quire")
 READY_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 60
+PROMPT = "Once upon a time"
+ENDLESS = SamplingOptions(max_tokens=1900, temperature=100.0, seed=5)
+"""Nearly uniform sampling that doesn't meet the end of the text: a request that takes seconds."""
 SHM_PREFIX = "triton_python_backend_shm_region_"
 
 
@@ -105,6 +110,14 @@ class RunningServer:
                 found += [int(child) for child in children.split()]
         return found
 
+    def shared_memory(self) -> set[Path]:
+        """Files in /dev/shm through which the server talks to its components."""
+        arguments: list[str] = []
+        for pid in self.tree():
+            with contextlib.suppress(OSError):
+                arguments += Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return {Path("/dev/shm") / argument for argument in arguments if argument.startswith(SHM_PREFIX)}
+
     def interrupt(self) -> None:
         """What Ctrl-C sends to `quire serve`."""
         self.process.send_signal(signal.SIGINT)
@@ -161,8 +174,3 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in ("Z", "X")
-
-
-def shared_memory_files() -> set[str]:
-    """Triton's files in /dev/shm, whichever server's they are."""
-    return {path.name for path in Path("/dev/shm").glob(f"{SHM_PREFIX}*")}

@@ -1,20 +1,135 @@
-"""A request that nobody waits for any more gives back what it holds."""
+"""A request that nobody waits for any more gives back what it holds, however its client went away."""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
 import json
-import os
-import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
-from tests.serving.running_server import QUIRE, RunningServer
+import pytest
+from tests.serving.running_server import ENDLESS, PROMPT, QUIRE, RunningServer
 
-from quire_client import AsyncClient, Client
+from quire.scheduler_control import ask_scheduler
+from quire.serving.rendezvous import Rendezvous
+from quire_client import AsyncClient, Client, RequestCancelledError, RequestTimeoutError
 
-PROMPT = "Once upon a time"
-LONG = 1800
+NOTICE_TIMEOUT_S = 30
+
+
+class Watch:
+    """The scheduler's own view of what it runs."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._url = server.ports.grpc_url
+        self._rendezvous = Rendezvous.for_server(server.tree()[1])
+
+    def statistics(self) -> dict[str, Any]:
+        answer = ask_scheduler(self._url, self._rendezvous.access_key, "statistics", timeout_s=30)
+        return dict(json.loads(answer))
+
+    def wait_for_requests(self, count: int) -> None:
+        """Return when this many requests run or wait, or fail."""
+        deadline = time.monotonic() + NOTICE_TIMEOUT_S
+        while (found := self._unfinished(self.statistics())) != count:
+            assert time.monotonic() < deadline, f"{found} requests instead of {count}"
+
+    def wait_until_all_is_free(self) -> None:
+        """Return when no request is left and no block is owned, or fail."""
+        self.wait_for_requests(0)
+        statistics = self.statistics()
+        assert statistics["free_blocks"] == statistics["blocks"] > 0
+
+    def close(self) -> None:
+        self._rendezvous.close()
+
+    @staticmethod
+    def _unfinished(statistics: dict[str, Any]) -> int:
+        return int(statistics["running_requests"] + statistics["waiting_requests"])
+
+
+@pytest.fixture
+def watch(server: RunningServer) -> Iterator[Watch]:
+    watch = Watch(server)
+    watch.wait_until_all_is_free()
+    yield watch
+    watch.wait_until_all_is_free()
+    watch.close()
+
+
+def test_a_closed_stream_frees_its_blocks(watch: Watch, client: Client) -> None:
+    with client.stream(PROMPT, **ENDLESS) as stream:
+        next(stream)
+        statistics = watch.statistics()
+        assert statistics["running_requests"] == 1
+        assert statistics["free_blocks"] < statistics["blocks"]
+    watch.wait_until_all_is_free()
+
+
+def test_a_cancelled_stream_ends_with_its_error(watch: Watch, client: Client) -> None:
+    stream = client.stream(PROMPT, **ENDLESS)
+    next(stream)
+    stream.cancel()
+    with pytest.raises(RequestCancelledError):
+        stream.result()
+
+
+def test_a_timeout_cancels_a_request_that_does_not_stream(watch: Watch, client: Client) -> None:
+    with pytest.raises(RequestTimeoutError):
+        client.generate(PROMPT, timeout_s=0.2, **ENDLESS)
+
+
+def test_a_closed_connection_cancels_all_its_requests(watch: Watch, server: RunningServer) -> None:
+    with Client(server.ports.grpc_url) as client:
+        streams = [client.stream(PROMPT, **ENDLESS) for _ in range(32)]
+        for stream in streams:
+            next(stream)
+    watch.wait_until_all_is_free()
+
+
+def test_cancelled_tasks_free_their_blocks(watch: Watch, server: RunningServer) -> None:
+    async def start_and_cancel() -> None:
+        async with AsyncClient(server.ports.grpc_url) as client:
+            tasks = [asyncio.create_task(client.generate(PROMPT, **ENDLESS)) for _ in range(16)]
+            await asyncio.to_thread(watch.wait_for_requests, 16)
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(result, asyncio.CancelledError) for result in results)
+
+    asyncio.run(start_and_cancel())
+
+
+def test_an_http_client_that_hangs_up_frees_its_blocks(watch: Watch, server: RunningServer) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.ports.http, timeout=60)
+    body = {"text_input": PROMPT, "stream": True, **ENDLESS}
+    connection.request("POST", "/v2/models/llm/generate_stream", json.dumps(body))
+    answer = connection.getresponse()
+    assert answer.readline().startswith(b"data: ")
+    answer.close()
+    connection.close()
+    watch.wait_until_all_is_free()
+
+
+def test_ctrl_c_in_quire_generate_cancels_without_a_traceback(watch: Watch, server: RunningServer) -> None:
+    command = [str(QUIRE), "generate", PROMPT, "--url", server.ports.grpc_url]
+    command += ["--max-tokens", "1900", "--temperature", "100", "--seed", "5"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == b""
+
+
+def test_quire_generate_prints_the_text_that_the_client_gets(server: RunningServer, client: Client) -> None:
+    expected = client.generate(PROMPT, max_tokens=24, temperature=0).text
+    for flags in ([], ["--no-stream"]):
+        command = [str(QUIRE), "generate", PROMPT, "--url", server.ports.grpc_url, *flags]
+        command += ["--max-tokens", "24", "--temperature", "0"]
+        assert subprocess.run(command, capture_output=True, check=True).stdout.decode() == expected + "\n"

@@ -15,19 +15,19 @@ from pathlib import Path
 
 import pytest
 from tests.serving.running_server import (
+    ENDLESS,
+    PROMPT,
     QUIRE,
     Ports,
     RunningServer,
     end,
     is_running,
     serving,
-    shared_memory_files,
     started,
 )
 
 from quire_client import Client, QuireClientError, TokenStream
 
-PROMPT = "Once upon a time"
 SMALL_POOL = "--kv-cache-bytes=64MiB"
 
 
@@ -52,35 +52,32 @@ def rendezvous_folders(server_pids: list[int]) -> list[Path]:
 @contextlib.contextmanager
 def leaves_nothing(repository: Path, *flags: str) -> Iterator[RunningServer]:
     """A ready server; after the block, which stops it, nothing of it must be left."""
-    memory_before = shared_memory_files()
-    with started(repository, SMALL_POOL, *flags) as server:
-        server.wait_for_line("ready: gRPC")
-        tree = server.tree()
+    with serving(repository, SMALL_POOL, *flags) as server:
+        tree, shared_memory = server.tree(), server.shared_memory()
         assert len(tree) >= 5, "quire, tritonserver and a process per model instance"
         assert rendezvous_folders(tree)
+        assert any(file.exists() for file in shared_memory)
         yield server
         server.wait()
         assert eventually(lambda: not any(is_running(pid) for pid in tree))
-        assert shared_memory_files() <= memory_before
+        assert not any(file.exists() for file in shared_memory)
         assert rendezvous_folders(tree) == []
 
 
-def long_stream(server: RunningServer, max_tokens: int = 1500) -> TokenStream:
+def long_stream(server: RunningServer) -> TokenStream:
     """A request that is under way: its first token has come."""
-    stream = Client(server.ports.grpc_url).stream(
-        PROMPT, max_tokens=max_tokens, temperature=2.0, seed=1, timeout_s=120
-    )
+    stream = Client(server.ports.grpc_url).stream(PROMPT, **ENDLESS, timeout_s=120)
     next(stream)
     return stream
 
 
 def test_ctrl_c_lets_requests_finish_and_leaves_nothing(repository: Path) -> None:
     with leaves_nothing(repository) as server:
-        stream = long_stream(server, max_tokens=300)
+        stream = long_stream(server)
         server.interrupt()
         server.wait_for_line("draining")
         result = stream.result()
-        assert result.num_output_tokens == 300 or result.finish_reason == "stop"
+        assert result.num_output_tokens == ENDLESS["max_tokens"]
         assert server.wait() == 0
 
 
@@ -94,7 +91,7 @@ def test_ctrl_c_on_an_idle_server_stops_within_the_exit_timeout(repository: Path
 
 def test_a_server_that_drains_takes_no_new_requests(repository: Path) -> None:
     with leaves_nothing(repository) as server, Client(server.ports.grpc_url) as client:
-        under_way = long_stream(server, max_tokens=600)
+        under_way = long_stream(server)
         server.interrupt()
         server.wait_for_line("draining")
 
@@ -146,8 +143,7 @@ def test_a_bare_tritonserver_started_by_hand_serves_the_same_repository(
     repository: Path, client: Client
 ) -> None:
     ports = Ports.free()
-    command = [QUIRE, "serve", repository, "--print-command", SMALL_POOL, *ports.flags]
-    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    line = printed_command(repository, SMALL_POOL, *ports.flags)
     bare = RunningServer.start(["sh", "-c", f"exec {line}"], ports)
     tree: list[int] = []
     try:
@@ -165,6 +161,12 @@ def test_a_bare_tritonserver_started_by_hand_serves_the_same_repository(
         end(bare)
 
 
+def printed_command(repository: Path, *flags: str) -> str:
+    """The tritonserver command as `quire serve` prints it for a shell."""
+    command: list[str | Path] = [QUIRE, "serve", repository, "--print-command", *flags]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 @pytest.mark.parametrize(
     ("flag", "name"),
     [
@@ -179,8 +181,7 @@ def test_a_limit_above_the_engines_is_refused_at_start(repository: Path, flag: s
 
 
 def test_a_bare_server_refuses_a_limit_above_the_engines_too(repository: Path) -> None:
-    command = [QUIRE, "serve", repository, "--print-command", *Ports.free().flags]
-    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    line = printed_command(repository, *Ports.free().flags)
     refusal = subprocess.run(
         ["sh", "-c", line],
         env={**os.environ, "QUIRE_MAX_NUM_SEQS": "1000000"},
@@ -233,11 +234,17 @@ def test_a_missing_model_is_refused(damaged: Path) -> None:
 
 def refused_start(repository: Path, *flags: str) -> str:
     """The one error line of a server that does not start, and that leaves nothing."""
-    memory_before = shared_memory_files()
+    tree: set[int] = set()
+    shared_memory: set[Path] = set()
     with started(repository, *flags) as server:
+        while server.process.poll() is None:
+            tree.update(server.tree())
+            shared_memory |= server.shared_memory()
+            time.sleep(0.02)
         line = server.wait_for_line("error: ")
         assert server.wait() == 1
     assert server.output.count("error: ") == 1
     assert "Traceback" not in server.output
-    assert shared_memory_files() <= memory_before
+    assert not any(is_running(pid) for pid in tree)
+    assert not any(file.exists() for file in shared_memory)
     return line

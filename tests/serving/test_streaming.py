@@ -8,13 +8,12 @@ import json
 from typing import Any
 
 from tests.serving.reference import MAX_NEAR_TIES, Reference
-from tests.serving.running_server import RunningServer
+from tests.serving.running_server import PROMPT, RunningServer
 
 from quire_client import AsyncClient, Client, GenerateResult
 
 NUM_STREAMS = 256
 TOKENS_PER_STREAM = 32
-PROMPT = "Once upon a time"
 OPENINGS = (
     "Once upon a time",
     "The little fox",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -70,8 +72,8 @@ class NotingScheduler(Scheduler):
         return super().schedule()
 
     def update_from_output(
-        self, output: SchedulerOutput, sampled_token_ids: list[int]
-    ) -> list[RequestOutput]:  # type: ignore[override]
+        self, output: SchedulerOutput, sampled_token_ids: Sequence[int]
+    ) -> list[RequestOutput]:
         self._events.append("update")
         return super().update_from_output(output, sampled_token_ids)
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from quire.execution.input_batch import InputBatch, PreparedStep, patch
 from quire.execution.manifest import EngineLimits
@@ -55,11 +58,11 @@ def prepare(batch: InputBatch, scheduled: SchedulerOutput) -> PreparedStep:
     return batch.prepare(scheduled)
 
 
-def ids(*values: int) -> np.ndarray:
+def ids(*values: int) -> NDArray[np.int32]:
     return np.array(values, np.int32)
 
 
-def as_lists(inputs: ModelInputs) -> dict[str, list]:
+def as_lists(inputs: ModelInputs) -> dict[str, list[Any]]:
     return {
         name: getattr(inputs, name).tolist()
         for name in (
@@ -167,9 +170,10 @@ def test_rows_of_ended_requests_are_used_again_and_nothing_of_them_is_left() -> 
         step = prepare(batch, output(spans, sampling=[], new={str(turn): blocks}, finished=finished))
         CHECK(step.inputs)
         finished = [str(turn)]
-    batch.clear()
     spans = [(request(name, [1]), 0, 1) for name in ("x", "y", "z")]
-    step = prepare(batch, output(spans, sampling=[], new={"x": [1], "y": [2], "z": [3]}, finished=["9"]))
+    step = prepare(
+        batch, output(spans, sampling=[], new={"x": [1], "y": [2], "z": [3]}, finished=["9", "never ran"])
+    )
     assert step.inputs.block_tables.tolist() == [[1], [2], [3]]
 
 

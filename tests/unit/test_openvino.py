@@ -5,11 +5,13 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
+import openvino
 import pytest
-from tiny_engine import KV_BYTES_PER_BLOCK, LIMITS, VOCAB_SIZE, reference_logits, write_engine
+from tests.unit.tiny_engine import KV_BYTES_PER_BLOCK, LIMITS, VOCAB_SIZE, reference_logits, write_engine
 
 from quire.engine_core import EngineCore
 from quire.errors import EngineStepError, ManifestError, SettingsError, StartupError
@@ -61,7 +63,8 @@ def step(spans: list[tuple[list[int], int]], tables: list[list[int]]) -> ModelIn
 
 
 def random_tokens(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, length).tolist()
+    tokens: list[int] = np.random.default_rng(seed).integers(0, VOCAB_SIZE, length).tolist()
+    return tokens
 
 
 @pytest.mark.parametrize("sliding_window", [None, 5, 32, 40])
@@ -78,6 +81,19 @@ def test_chunked_prompts_beside_decoding_sequences_give_the_logits_of_whole_sequ
         logits = engine.run(step(spans, tables))
         wanted = [rows[begin:end] for rows, begin, end in zip(expected, computed, lengths, strict=True)]
         assert np.abs(logits - np.concatenate(wanted)).max() < 1e-4
+
+
+def test_a_bf16_engine_computes_in_bf16_or_says_that_the_cpu_cannot(tmp_path: Path) -> None:
+    write_engine(tmp_path, precision="bf16")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(ManifestError, match="--precision float32"):
+            load(tmp_path)
+        return
+    engine = load(tmp_path, num_blocks=12)
+    assert engine.pool_info.num_blocks == 24
+    tokens = random_tokens(50, 4)
+    error = np.abs(engine.run(step([(tokens, 0)], [[3, 1]])) - reference_logits(tokens)).max()
+    assert 1e-4 < error < 0.2
 
 
 def test_a_step_that_wants_no_logits_returns_none_and_still_fills_the_cache(engine: OpenVINOEngine) -> None:
@@ -117,7 +133,7 @@ def test_common_shapes_are_warmed_up_and_the_log_says_so(
     assert "9 blocks, 288 tokens" in caplog.text
 
 
-BROKEN_STEPS = {
+BROKEN_STEPS: dict[str, dict[str, Any]] = {
     "block_tables contains 24; it must be 0 to 23": {"block_tables": [[7, 24]]},
     "block_tables contains -1": {"block_tables": [[-1, 7]]},
     "input_ids contains 96; it must be 0 to 95": {"input_ids": [1, 96, 3]},
@@ -146,7 +162,9 @@ def test_a_step_that_breaks_the_contract_is_refused_and_the_engine_goes_on(
     engine: OpenVINOEngine, message: str
 ) -> None:
     tokens = [1, 2, 3]
-    changes = {name: np.array(value, np.int32) for name, value in BROKEN_STEPS[message].items()}
+    changes: dict[str, Any] = {
+        name: np.array(value, np.int32) for name, value in BROKEN_STEPS[message].items()
+    }
     with pytest.raises(EngineStepError, match=message):
         engine.run(replace(step([(tokens, 0)], [[7, 8]]), **changes))
     logits = engine.run(step([(tokens, 0)], [[7, 8]]))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -56,10 +58,13 @@ def peaked_logits(num_rows: int, vocab_size: int, rng: np.random.Generator) -> N
     """A few likely tokens and a long tail; coarse, so that ties are common."""
     logits = rng.standard_normal((num_rows, vocab_size)) * 2
     logits[:, : vocab_size // 20] += rng.uniform(0, 6, (num_rows, vocab_size // 20))
-    return (np.round(logits * 8) / 8).astype(np.float32)
+    coarse: NDArray[np.float32] = (np.round(logits * 8) / 8).astype(np.float32)
+    return coarse
 
 
-def reference_intervals(logits: NDArray[np.float32], parameters: SamplingBatch, row: int) -> dict[int, tuple]:
+def reference_intervals(
+    logits: NDArray[np.float32], parameters: SamplingBatch, row: int
+) -> dict[int, tuple[float, float]]:
     """By token id, the interval of the uniform number that draws it; one row, float64, no shortcuts."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     tempered = logits[order].astype(np.float64) * float(parameters.inverse_temperature[row])
@@ -153,7 +158,7 @@ def test_equally_likely_tokens_are_drawn_in_order_of_their_ids() -> None:
 @pytest.mark.parametrize(
     "restriction", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-9}]
 )
-def test_restrictions_to_one_token_leave_the_best_one(restriction: dict[str, float]) -> None:
+def test_restrictions_to_one_token_leave_the_best_one(restriction: dict[str, Any]) -> None:
     logits = peaked_logits(200, 500, np.random.default_rng(3)) + np.linspace(0, 0.1, 500, dtype=np.float32)
     assert Sampler().sample(logits, batch(200, **restriction)).tolist() == logits.argmax(axis=1).tolist()
 

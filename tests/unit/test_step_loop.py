@@ -304,6 +304,7 @@ def test_when_the_engine_is_lost_requests_end_and_its_return_is_noticed(start_lo
     request_ids = iter(range(1000))
     while isinstance(message := _answer(bench, f"c{next(request_ids)}"), Refusal):
         assert message.error == "PeerLostError"
+    assert isinstance(message, StepTokens)
     assert message.token_ids == [4]
 
 

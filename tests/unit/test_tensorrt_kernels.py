@@ -16,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by i
 pytest.importorskip("triton")
 
 from quire_build.tensorrt.kernels.kv_write import kv_write
+from quire_build.tensorrt.kernels.linear import linear
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -297,6 +298,7 @@ def test_kv_write_leaves_the_null_block_and_everything_outside_alone() -> None:
 PTX_SCRIPT = """
 from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.kernels.kv_write import kv_write
+from quire_build.tensorrt.kernels.linear import linear
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
 
 shape = dict(HEAD_DIM=128, NUM_KV_HEADS=8, BLOCK_SIZE=16, BLOCK_ELEMENTS=1 << 20, MAX_BLOCKS=1 << 16)
@@ -305,6 +307,9 @@ kernels = [
      dict(shape, HALF_PADDED=64, NUM_HEADS=32, MAX_POSITIONS=8192, HEADS_PER_PROGRAM=16)),
     (paged_attention, "*bf16 *i32 *i32 *i32 *bf16 i32 i32 i32 i32 *bf16 *fp32 *fp32",
      dict(shape, HEAD_DIM_PADDED=128, GROUP=4, WINDOW=0, SCALE_LOG2=0.1, BLOCK_M=16, BLOCK_N=64)),
+    (linear, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 i32 *bf16 *bf16 *fp32 *fp32",
+     dict(K=4096, N=4096, NORMED=False, EPSILON=1e-5, GATED=False, RESIDUAL=True, SPLITS=2, BLOCK_M=16, BLOCK_N=32,
+          BLOCK_K=256)),
 ]
 for arch in (80, 89, 90):
     for kernel, types, constants in kernels:
@@ -324,4 +329,36 @@ def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
         [sys.executable, "-c", PTX_SCRIPT], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 9
+
+
+def test_linear_layers_chain_through_a_norm() -> None:
+    """o_proj with the residual sum, then a gated layer behind the norm, in every split, against plain torch."""
+    rng = np.random.default_rng(8)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    rows, inner, hidden, ffn, pool = 5, 40, 64, 48, torch.zeros(512)
+    x, weight, residual = random(rows, inner), random(hidden, inner), random(rows, hidden)
+    norm, gate_up = 1.0 + 0.1 * random(hidden), random(2 * ffn, hidden)
+    stream = x @ weight.T + residual
+    behind_norm = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-5) * norm
+    gate, up = (behind_norm @ gate_up.T).chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    for splits in (1, 2, 4):
+        nan = lambda *shape: torch.full(shape, math.nan)  # noqa: E731
+        out, normed, squares = nan(rows, hidden), nan(rows, hidden), nan(rows, hidden // 32)
+        common = {"EPSILON": 1e-5, "SPLITS": splits, "BLOCK_M": 16, "BLOCK_K": 16}
+        linear[(2, 1, splits)](
+            x, weight, x, residual, norm, pool, rows, out, normed, squares, nan(splits, 16, hidden),
+            K=inner, N=hidden, NORMED=False, GATED=False, RESIDUAL=True, BLOCK_N=32, **common,
+        )  # fmt: skip
+        torch.testing.assert_close(out, stream, atol=1e-4, rtol=1e-4)
+        got = nan(rows, ffn)
+        linear[(3, 1, splits)](
+            normed, gate_up, squares, x, x, pool, rows, got, x, x, nan(2 * splits, 16, ffn),
+            K=hidden, N=ffn, NORMED=True, GATED=True, RESIDUAL=False, BLOCK_N=16, **common,
+        )  # fmt: skip
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+        assert not pool.any(), "a counter was left behind"

@@ -7,6 +7,7 @@ in ONNX as the engine contract has it, and in numpy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ from quire.execution.manifest import (
     GateReport,
     Manifest,
     ModelDimensions,
+    Precision,
     file_digest,
     write_manifest,
 )
 from quire.execution.openvino_attention import BLOCK_SIZE, OPENVINO_VERSION
 from quire.interface import STEP_INPUTS
+
+Shape = Sequence[str | int | None]
 
 VOCAB_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HIDDEN = 96, 4, 2, 16, 32
 LIMITS = EngineLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=160)
@@ -47,10 +51,12 @@ def weights() -> dict[str, NDArray[np.float32]]:
     }
 
 
-def write_engine(directory: Path, *, sliding_window: int | None = None) -> Manifest:
+def write_engine(
+    directory: Path, *, sliding_window: int | None = None, precision: Precision = "float32"
+) -> Manifest:
     """Write model.onnx and engine.json."""
-    cache_shape = ["num_blocks", NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
-    sizes = {
+    cache_shape: Shape = ["num_blocks", NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]
+    sizes: dict[str, Shape] = {
         "block_tables": ["S", "B"],
         "query_start_loc": ["S1"],
         "seq_lens": ["S"],
@@ -97,12 +103,12 @@ def write_engine(directory: Path, *, sliding_window: int | None = None) -> Manif
         model=ModelDimensions("Tiny", VOCAB_SIZE, 1, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, sliding_window),
         block_size=BLOCK_SIZE,
         limits=LIMITS,
-        precision="float32",
+        precision=precision,
         runtime="openvino",
         runtime_version=OPENVINO_VERSION,
         inputs=tuple(spec.name for spec in STEP_INPUTS),
         outputs=("logits",),
-        kv_bytes_per_block=KV_BYTES_PER_BLOCK,
+        kv_bytes_per_block=KV_BYTES_PER_BLOCK // (2 if precision == "bf16" else 1),
         checkpoint_digest="0" * 64,
         files={"model.onnx": file_digest(directory / "model.onnx")},
         gate=GateReport(0, 0.0, 0.0, 1.0, 1e-3),

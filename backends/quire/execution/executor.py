@@ -26,7 +26,7 @@ class StepOutput:
     """What the engine returned for one step."""
 
     logits: NDArray[np.float32]
-    """[N, vocab_size], one row for each entry of `logits_indices`."""
+    """[N, vocab_size], one row for each entry of `logits_indices`; valid until the next step is submitted."""
     pool_info: PoolInfo
 
 
@@ -60,7 +60,11 @@ class Executor(Protocol):
         ...
 
     def submit(self, inputs: ModelInputs) -> StepHandle:
-        """Start a step. `inputs` must stay unchanged until its handle has returned a result."""
+        """Start a step. `inputs` must stay unchanged until its handle has returned a result.
+
+        Raises:
+            EngineStepError: the inputs break the engine contract, or the engine cannot begin the step.
+        """
         ...
 
     def close(self) -> None:

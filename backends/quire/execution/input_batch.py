@@ -122,11 +122,6 @@ class InputBatch:
         current = self._last_sampling_step[step.sampling_rows] == step.inputs.step
         self._last_token[step.sampling_rows[current]] = token_ids[current]
 
-    def clear(self) -> None:
-        """Forget all rows: every request comes back as a new or resumed one."""
-        for request_id in list(self._row_of):
-            self._release(request_id)
-
     def _occupy(self, request: Request) -> None:
         """Give a request a row, with an empty block table."""
         row = self._row_of[request.request_id] = self._free_rows.pop()
@@ -134,7 +129,6 @@ class InputBatch:
         self._num_blocks[row] = 0
         self._num_prompt_tokens[row] = request.num_prompt_tokens
         self._last_position[row] = -1
-        self._last_sampling_step[row] = -1
         parameters, columns = request.sampling_params, self._sampling
         columns.inverse_temperature[row] = (
             0.0 if parameters.greedy else 1 / max(parameters.temperature, SMALLEST_TEMPERATURE)

@@ -34,6 +34,7 @@ from quire.interface import STEP_INPUTS
 GRAPH_FILE = "model.onnx"
 WARM_UP_SECONDS = 2.0
 
+_CAPABILITIES = ("CPU", "OPTIMIZATION_CAPABILITIES")
 _PRECISIONS = {"float32": "f32", "bf16": "bf16"}
 _LOG = logging.getLogger(__name__)
 
@@ -71,6 +72,11 @@ class OpenVINOEngine:
         self.pool_info = PoolInfo(num_blocks, epoch=1 + secrets.randbelow(2**31 - 1))
 
         core = ov.Core()
+        if self.manifest.precision == "bf16" and "BF16" not in core.get_property(*_CAPABILITIES):
+            raise ManifestError(
+                "the engine computes in bf16, which this CPU does not; "
+                "build it again with `quire build --precision float32`"
+            )
         properties = _properties(self.manifest, threads or available_cores())
         check_attention(core, properties, self.manifest.model, self.manifest.precision)
         compiled = core.compile_model(_read_graph(core, engine_dir / GRAPH_FILE), "CPU", properties)

@@ -162,9 +162,9 @@ def check_attention(
         )
     try:
         difference = _difference_from_numpy(core, properties, dimensions)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # it fails, or returns another shape
         raise StartupError(
-            f"OpenVINO {installed} refuses paged attention on this machine: {error}"
+            f"OpenVINO {installed} cannot compute paged attention on this machine: {error}"
         ) from error
     if not difference <= CHECK_TOLERANCE[precision]:
         raise StartupError(

@@ -20,6 +20,7 @@ from quire.interface import ENGINE
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire.serving.channel import SchedulerChannel
 from quire.serving.component import ComponentArguments, join_server
+from quire.serving.metrics import MetricsReporter
 from quire.serving.step_loop import StepLoop
 from quire.serving.tensors import check_access, error_response, input_arrays, response, string_array
 from quire.serving.triton_executor import TritonExecutor
@@ -43,12 +44,13 @@ class SchedulerComponent:
         executor = TritonExecutor(self._rendezvous)
 
         def make_core(pool: PoolInfo) -> EngineCore:
-            scheduler = Scheduler(_scheduler_config(manifest, settings, pool))
-            return EngineCore(scheduler, executor, Sampler(), step_timeout_s=settings.step_timeout_s)
+            config = _scheduler_config(manifest, settings, pool, overlap=executor.token_feedback)
+            return EngineCore(Scheduler(config), executor, Sampler(), step_timeout_s=settings.step_timeout_s)
 
         self._loop = StepLoop(
             executor, make_core, self._channel, max_queued_requests=settings.max_queued_requests
         )
+        self._metrics = MetricsReporter(self._loop.statistics)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer control requests, one after the other."""
@@ -56,6 +58,7 @@ class SchedulerComponent:
 
     def finalize(self) -> None:
         """End the loop and the channel; requests that are left end with an error."""
+        self._metrics.close()
         self._loop.stop()
         self._channel.close()
         self._rendezvous.close()
@@ -64,25 +67,34 @@ class SchedulerComponent:
         try:
             arrays = input_arrays(request)
             check_access(arrays, self._rendezvous.access_key)
-            return response({"answer": string_array(self._obey(arrays["command"][0]))})
+            command = arrays["command"][0].decode(errors="replace")
+            return response({"answer": string_array(self._obey(command))})
         except QuireError as error:
             return error_response(error)
 
-    def _obey(self, command: bytes) -> str:
-        if command == b"statistics":
+    def _obey(self, command: str) -> str:
+        if command == "statistics":
             return msgspec.json.encode(self._loop.statistics()).decode()
-        if command == b"drain":
+        if command == "drain":
             self._loop.drain()
             return "drained"
         raise InvalidRequestError(f"command is {command!r}; it must be statistics or drain")
 
 
-def _scheduler_config(manifest: Manifest, settings: ServingSettings, pool: PoolInfo) -> SchedulerConfig:
+def _scheduler_config(
+    manifest: Manifest, settings: ServingSettings, pool: PoolInfo, *, overlap: bool
+) -> SchedulerConfig:
+    """How this server schedules.
+
+    Overlapping pays only where a step can be submitted before the tokens of the one before are known.
+    Otherwise it gained nothing at batch 1 to 128, and a request that arrives during a step has to wait for
+    the end of the next one, which is decided already.
+    """
     return SchedulerConfig(
         num_blocks=pool.num_blocks,
         block_size=manifest.block_size,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
-        async_scheduling=True,
+        async_scheduling=overlap,
     )

@@ -1,0 +1,175 @@
+"""Time that the scheduler takes: per decode step, and for a request whose prompt is cached.
+
+    python tests/benchmarks/scheduler.py [--peer-python PYTHON] [--rounds N]
+
+With a Python that can import vllm 0.33, vLLM's scheduler is measured in the same run, in turns with
+Quire's, and the ratios of the medians are printed beside the limits that Quire holds itself to. Prints
+JSON; times are medians over rounds, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import scheduler_workload as workload
+
+from quire.scheduling.request import Request
+from quire.scheduling.sampling_params import SamplingParams
+from quire.scheduling.scheduler import Scheduler, SchedulerConfig
+from quire.scheduling.scheduler_output import SchedulerOutput
+
+RUNNING_REQUESTS = (1, 32, 128, 256, 512)
+CACHED_PROMPTS = (2048, 8192)
+WINDOWS_PER_ROUND = 3
+
+
+class QuireContender:
+    """Quire's scheduler, in the way EngineCore drives it."""
+
+    def start(
+        self, *, num_blocks: int, max_num_seqs: int, max_num_batched_tokens: int, async_scheduling: bool
+    ) -> None:
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=num_blocks,
+                block_size=workload.BLOCK_SIZE,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                max_model_len=16384,
+                async_scheduling=async_scheduling,
+            )
+        )
+
+    def arrive(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
+        parameters = SamplingParams(max_tokens=max_tokens, stop_token_ids=(2,))
+        self._scheduler.add_request(Request(request_id, prompt, parameters))
+
+    def schedule(self) -> SchedulerOutput:
+        return self._scheduler.schedule()
+
+    def sampled(self, step: SchedulerOutput) -> list[int]:
+        return [7] * len(step.sampling)
+
+    def update(self, step: SchedulerOutput, sampled: list[int]) -> None:
+        self._scheduler.update_from_output(step, sampled)
+
+    def abort(self, request_id: str) -> None:
+        self._scheduler.abort_requests([request_id])
+
+
+class Peer:
+    """vLLM's scheduler in a process of its own."""
+
+    def __init__(self, python: str) -> None:
+        script = Path(__file__).with_name("vllm_scheduler.py")
+        self._process = subprocess.Popen(
+            [python, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(script.parent)},
+        )
+        self.version = self._answer()
+
+    def measure(self, name: str, **arguments: object) -> Any:
+        assert self._process.stdin is not None
+        print(json.dumps([name, arguments]), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("the peer ended; run vllm_scheduler.py with its Python to see why")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+class Comparison:
+    """One row of the result: figures of both contenders, gathered in turns."""
+
+    def __init__(self, row: dict[str, object], limit: float) -> None:
+        self.row = row
+        self.limit = limit
+        self.quire: list[float] = []
+        self.vllm: list[float] = []
+
+    def result(self) -> dict[str, object]:
+        result = {**self.row, "quire_us": round(statistics.median(self.quire), 1)}
+        if self.vllm:
+            result["vllm_us"] = round(statistics.median(self.vllm), 1)
+            ratio = statistics.median(self.quire) / statistics.median(self.vllm)
+            result |= {"ratio": round(ratio, 3), "limit": self.limit, "held": ratio <= self.limit}
+        return result
+
+
+def compare_decoding(peer: Peer | None, rounds: int) -> list[dict[str, object]]:
+    """Schedule + update per decode step: at most 1/5 of vLLM's, and no more than vLLM's at one request."""
+    rows = []
+    for async_scheduling in (False, True):
+        for num_running in RUNNING_REQUESTS:
+            arguments = {
+                "num_running": num_running,
+                "async_scheduling": async_scheduling,
+                "windows": WINDOWS_PER_ROUND,
+            }
+            row = {"running": num_running, "scheduling": "async" if async_scheduling else "sync"}
+            comparison = Comparison(row, limit=1.0 if num_running == 1 else 0.2)
+            for _ in range(rounds):
+                comparison.quire += workload.decode_step_us(QuireContender(), **arguments)
+                if peer is not None:
+                    comparison.vllm += peer.measure("decode_step_us", **arguments)
+            rows.append(comparison.result())
+    return rows
+
+
+def compare_cached_prompts(peer: Peer | None, rounds: int) -> list[dict[str, object]]:
+    """Arrival and admission of a request whose prompt is cached: each at most 1/3 of vLLM's."""
+    rows = []
+    for num_tokens in CACHED_PROMPTS:
+        parts = {
+            part: Comparison({"prompt_tokens": num_tokens, "part": part}, limit=1 / 3)
+            for part in ("arrive", "schedule")
+        }
+        for _ in range(rounds):
+            arguments = {"num_tokens": num_tokens, "rounds": 10}
+            ours = workload.cached_prompt_us(QuireContender(), **arguments)
+            theirs = peer.measure("cached_prompt_us", **arguments) if peer is not None else {}
+            for part, comparison in parts.items():
+                comparison.quire += ours[part]
+                comparison.vllm += theirs.get(part, [])
+        rows += [comparison.result() for comparison in parts.values()]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--peer-python", help="a Python that can import vllm 0.33")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    peer = Peer(options.peer_python) if options.peer_python else None
+    result = {
+        "python": platform.python_version(),
+        "vllm": peer.version if peer is not None else None,
+        "decode_step": compare_decoding(peer, options.rounds),
+        "cached_prompt": compare_cached_prompts(peer, options.rounds),
+    }
+    if peer is not None:
+        peer.close()
+    json.dump(result, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()
