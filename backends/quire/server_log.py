@@ -37,7 +37,7 @@ class ServerLog:
     def __init__(self, write: Callable[[str], None], *, verbose: bool = False) -> None:
         self._write = write
         self._verbose = verbose
-        self._loaded = False
+        self._open = False
         self._load_failure: str | None = None
         self._first_error: str | None = None
         self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
@@ -61,9 +61,13 @@ class ServerLog:
         if self._reader is not None:
             self._reader.join(timeout_s)
 
-    def loaded(self) -> None:
-        """From now on, lines go through."""
-        self._loaded = True
+    def open(self) -> None:
+        """From now on, lines go through: the server is ready."""
+        self._open = True
+
+    def shut(self) -> None:
+        """From now on, nothing goes through: a server that is told to stop only says that it does."""
+        self._open = False
 
     def failure(self) -> str:
         """Why the server did not start, in one sentence."""
@@ -81,7 +85,7 @@ class ServerLog:
         elif entry is None and line.startswith("error: ") and self._first_error is None:
             self._first_error = line.removeprefix("error: ")
         self._last_lines.append(line)
-        if self._verbose or (self._loaded and _matters(line, entry)):
+        if self._verbose or (self._open and _matters(line, entry)):
             self._write(line)
 
     def _note_failure(self, entry: re.Match[str]) -> None:

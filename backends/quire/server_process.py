@@ -120,7 +120,7 @@ class ServerProcess:
                     raise StartupError(self._log.failure())
                 case _:
                     pass
-        self._log.loaded()
+        self._log.open()
         return True
 
     def _ready(self) -> bool:
@@ -144,6 +144,7 @@ class ServerProcess:
         deadline = time.monotonic() + self._exit_timeout_s
         self._drain(access_key, deadline - SERVER_EXIT_TIMEOUT_S)
         self._report("stopping the server")
+        self._log.shut()
         process.terminate()
         self._wait_for(_Event.EXITED, deadline)
 

@@ -133,6 +133,26 @@ def test_a_crashed_server_is_reported_and_its_components_end(repository: Path) -
         assert "the server ended by itself" in server.output
 
 
+def test_it_stops_cleanly_as_process_1_of_a_container(repository: Path) -> None:
+    namespace = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*namespace, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("this user may not make a process namespace")
+    ports = Ports.free()
+    server = RunningServer.start([*namespace, QUIRE, "serve", repository, SMALL_POOL, *ports.flags], ports)
+    try:
+        server.wait_for_line("ready: gRPC")
+        tree, shared_memory = server.tree(), server.shared_memory()
+        os.kill(tree[1], signal.SIGTERM)
+        assert server.wait() == 0
+        assert not any(is_running(pid) for pid in tree)
+        assert not any(file.exists() for file in shared_memory)
+    finally:
+        end(server)
+
+
 def test_a_second_server_on_the_same_ports_is_refused(server: RunningServer, repository: Path) -> None:
     refusal = refused_start(repository, *server.ports.flags)
     assert f"port {server.ports.grpc} for gRPC" in refusal

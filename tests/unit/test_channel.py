@@ -34,7 +34,8 @@ from quire.serving.messages import (
 from quire.serving.rendezvous import Rendezvous
 
 PATIENCE_S = 30
-HASTY = PeerTimes(heartbeat_s=0.05, timeout_s=0.4, retry_s=0.02)
+HASTY = PeerTimes(heartbeat_s=0.1, timeout_s=1.0, retry_s=0.02)
+TALKATIVE = PeerTimes(heartbeat_s=0.02, timeout_s=PATIENCE_S, retry_s=0.02)
 
 PEER = """
 import os, sys
@@ -110,6 +111,19 @@ class Wiring:
         socket.connect(self.rendezvous.scheduler_endpoint)
         return socket
 
+    def fake_scheduler(self, frontend: Frontend) -> tuple[zmq.Socket[bytes], bytes]:
+        """A socket that has welcomed `frontend`, and the identity of the frontend's connection."""
+        context = zmq.Context()
+        router = context.socket(zmq.ROUTER)
+        self.stack.callback(context.destroy, linger=0)
+        router.bind(self.rendezvous.scheduler_endpoint)
+        assert router.poll(PATIENCE_S * 1000)
+        identity, hello = router.recv_multipart()
+        assert msgspec.msgpack.decode(hello, type=Hello).key == self.rendezvous.access_key.hex()
+        router.send_multipart((identity, msgspec.msgpack.encode(Welcome("fake"))))
+        assert frontend.channel.wait_connected(PATIENCE_S)
+        return router, identity
+
 
 @pytest.fixture
 def wiring(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wiring]:
@@ -184,7 +198,7 @@ def test_an_abort_follows_its_request(wiring: Wiring) -> None:
 
 
 def test_a_request_is_refused_while_no_scheduler_answers(wiring: Wiring) -> None:
-    frontend = wiring.frontend(HASTY)
+    frontend = wiring.frontend(TALKATIVE)
     with pytest.raises(PeerLostError, match="try again"):
         frontend.channel.submit(submit("a"))
     scheduler = wiring.scheduler()
@@ -196,7 +210,7 @@ def test_a_request_is_refused_while_no_scheduler_answers(wiring: Wiring) -> None
 def test_requests_of_a_lost_scheduler_end_once_and_the_next_scheduler_hears_only_new_ones(
     wiring: Wiring,
 ) -> None:
-    first, frontend = wiring.scheduler(), wiring.connected_frontend(HASTY)
+    first, frontend = wiring.scheduler(), wiring.connected_frontend(TALKATIVE)
     for name in ("done", "refused", "given up", "lost"):
         frontend.channel.submit(submit(name))
     identity = arrivals(first, 4)[0][0]
@@ -252,12 +266,24 @@ def test_a_frontend_that_hangs_is_noticed_by_its_silence(wiring: Wiring) -> None
     assert arrivals(scheduler, 1) == [(identity, FrontendLost())]
 
 
-def test_peers_with_nothing_to_say_stay_connected(wiring: Wiring) -> None:
-    scheduler, frontend = wiring.scheduler(HASTY), wiring.connected_frontend(HASTY)
-    silence = threading.Event()
-    assert not silence.wait(HASTY.timeout_s * 3)  # the time that is to pass, not an event to await
-    assert frontend.channel.connected
-    assert not scheduler.arrived.is_set()
+def test_a_scheduler_with_nothing_to_say_beats(wiring: Wiring) -> None:
+    wiring.scheduler(TALKATIVE)
+    peer = wiring.stranger()
+    peer.send(msgspec.msgpack.encode(Hello(wiring.rendezvous.access_key.hex(), "friend")))
+    heard = []
+    for _ in range(4):
+        assert peer.poll(PATIENCE_S * 1000)
+        heard.append(msgspec.msgpack.decode(peer.recv(), type=Welcome | Heartbeat))
+    assert heard[1:] == [Heartbeat()] * 3
+
+
+def test_a_frontend_with_nothing_to_say_beats(wiring: Wiring) -> None:
+    router, identity = wiring.fake_scheduler(wiring.frontend(TALKATIVE))
+    for _ in range(3):
+        assert router.poll(PATIENCE_S * 1000)
+        sender, payload = router.recv_multipart()
+        assert sender == identity
+        assert msgspec.msgpack.decode(payload, type=Heartbeat) == Heartbeat()
 
 
 def test_only_peers_with_the_key_are_heard(wiring: Wiring) -> None:
@@ -300,16 +326,9 @@ def test_a_malformed_message_is_counted_and_ignored(wiring: Wiring, payload: byt
 
 
 def test_a_malformed_answer_is_counted_and_ignored(wiring: Wiring) -> None:
-    context = zmq.Context()
-    router = context.socket(zmq.ROUTER)
-    wiring.stack.callback(context.destroy, linger=0)
-    router.bind(wiring.rendezvous.scheduler_endpoint)
     frontend = wiring.frontend()
-    assert router.poll(PATIENCE_S * 1000)
-    identity, hello = router.recv_multipart()
-    assert msgspec.msgpack.decode(hello, type=Hello).key == wiring.rendezvous.access_key.hex()
-    encode = msgspec.msgpack.encode
-    for payload in (b"\xc1", encode(Welcome("s")), encode(Heartbeat()), encode(step("a"))):
+    router, identity = wiring.fake_scheduler(frontend)
+    for payload in (b"\xc1", msgspec.msgpack.encode(Heartbeat()), msgspec.msgpack.encode(step("a"))):
         router.send_multipart((identity, payload))
     assert frontend.next() == step("a")
     assert frontend.channel.statistics.malformed == 1

@@ -29,7 +29,7 @@ def read(text: str, *, loaded: bool = False, verbose: bool = False) -> tuple[Ser
     failed = threading.Event()
     log = ServerLog(lines.append, verbose=verbose)
     if loaded:
-        log.loaded()
+        log.open()
     log.follow(io.BytesIO(text.encode()), on_load_failure=failed.set)
     log.wait_for_end(10)
     return log, lines, failed.is_set()
@@ -75,3 +75,13 @@ def test_a_running_servers_warnings_errors_and_prints_go_through_and_nothing_els
 def test_verbose_lets_everything_through_even_while_loading() -> None:
     _, lines, _ = read(NO_GPU + TABLE, verbose=True)
     assert "\n".join(lines) + "\n" == NO_GPU + TABLE
+
+
+def test_a_server_that_stops_is_not_listened_to_any_more() -> None:
+    lines: list[str] = []
+    log = ServerLog(lines.append)
+    log.open()
+    log.shut()
+    log.follow(io.BytesIO(b"Signal (15) received.\n"), on_load_failure=lambda: None)
+    log.wait_for_end(10)
+    assert lines == []

@@ -18,7 +18,7 @@ from quire.execution.model_inputs import ModelInputs
 from quire.execution.sampler import Sampler
 from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
-from quire.serving.channel import FrontendLost, SchedulerChannel
+from quire.serving.channel import ChannelStatistics, FrontendLost, SchedulerChannel
 from quire.serving.messages import Abort, Finished, Refusal, StepTokens, Submit, ToFrontend
 from quire.serving.step_loop import StepLoop
 
@@ -36,6 +36,7 @@ class FakeChannel:
     def __init__(self) -> None:
         self.arrived = threading.Event()
         self.frontends = ["alice", "bob"]
+        self.statistics = ChannelStatistics()
         self._lock = threading.Lock()
         self.sent: queue.Queue[list[tuple[bytes, ToFrontend]]] = queue.Queue()
         self._inbox: queue.SimpleQueue[tuple[bytes, Submit | Abort | FrontendLost]] = queue.SimpleQueue()

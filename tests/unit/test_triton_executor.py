@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Engine:
 
     def start(self) -> None:
         process = subprocess.Popen(
-            ["python", "-c", ANNOUNCE, str(os.getpid())],
+            [sys.executable, "-c", ANNOUNCE, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

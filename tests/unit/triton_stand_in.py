@@ -89,6 +89,7 @@ class StandIn(ModuleType):
     """The module. `answer` is what calls of other models get; `metrics` holds those that were made."""
 
     TRITONSERVER_MEMORY_CPU = 0
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
     TritonModelException = TritonModelError
 
     def __init__(self) -> None:

@@ -127,9 +127,12 @@ class Scheduler:
         return self._end_requests(request_ids, RequestStatus.FINISHED_FAILED)
 
     def _end_requests(self, request_ids: Iterable[str], status: RequestStatus) -> list[Request]:
-        ended = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
-        for request in ended:
-            self._finish(request, status)
+        ended: list[Request] = []
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._finish(request, status)
+                ended.append(request)
         if ended:
             self._drop_finished()
         return ended

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-POLL_INTERVAL_S = 0.2
+POLL_INTERVAL_S = 0.15
 """From one question about a request to the next."""
 TICK_S = 0.02
 """From one group of questions to the next."""
@@ -67,9 +67,15 @@ class CancellationPoller(Generic[Watched]):
 
     def _run(self) -> None:
         while self._wait_for_turn():
-            share = math.ceil(len(self._watched) * TICK_S / POLL_INTERVAL_S)
-            for _ in range(min(share, MAX_QUESTIONS_PER_TICK)):
-                self._ask_about_next()
+            num_watched = len(self._watched)
+            share = min(math.ceil(num_watched * TICK_S / POLL_INTERVAL_S), MAX_QUESTIONS_PER_TICK)
+            for _ in range(num_watched):
+                if share == 0:
+                    break
+                request = self._watched.popleft()
+                if not request.ended:
+                    self._ask_about(request)
+                    share -= 1
 
     def _wait_for_turn(self) -> bool:
         """Wait for a request, then for the next tick; False once closed."""
@@ -78,10 +84,7 @@ class CancellationPoller(Generic[Watched]):
             self._changed.wait_for(lambda: self._closed, timeout=TICK_S)
             return not self._closed
 
-    def _ask_about_next(self) -> None:
-        request = self._watched.popleft()
-        if request.ended:
-            return
+    def _ask_about(self, request: Watched) -> None:
         try:
             cancelled = request.is_cancelled()
         except Exception:

@@ -369,8 +369,12 @@ class FrontendChannel:
                 self._take_messages(socket)
             if closed in ready or now - last_heard > self._times.timeout_s:
                 break
-            if self._send_waiting(socket, beat=now - last_sent > self._times.heartbeat_s):
-                last_sent = now
+            try:
+                if self._send_waiting(socket, beat=now - last_sent > self._times.heartbeat_s):
+                    last_sent = now
+            except zmq.Again:
+                # No connection to send over: it was closed, and the event that says so is on its way.
+                break
         socket.disable_monitor()
 
     def _take_messages(self, socket: zmq.Socket[bytes]) -> None:

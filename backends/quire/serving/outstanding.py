@@ -103,9 +103,6 @@ class OutstandingRequests:
         self._had_contact = False
         self._channel = open_channel(self._on_step, self._on_refusal, self._on_lost)
 
-    def __len__(self) -> int:
-        return len(self._requests)
-
     def accept(self, request: GenerationRequest, client: Client) -> None:
         """Submit a request; whatever becomes of it, `client` hears of it. Called from one thread."""
         if not self._had_contact:

@@ -26,6 +26,8 @@ from quire.serving.messages import Abort, Finished, Refusal, StepTokens, Submit,
 ENGINE_PATIENCE_S = 2.0
 """How long the loop waits for the engine before it tells those who wait, and starts over."""
 STOP_TIMEOUT_S = 2.0
+PAUSE_AFTER_FAILURE_S = 0.1
+"""So that a mistake that comes back at once does not fill the log."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class _Tokens:
 
 @dataclass(slots=True)
 class LoopStatistics:
-    """The state of the loop and its counters; all but the first two are 0 until the engine has answered.
+    """The state of the loop and its counters; all but the first three are 0 until the engine has answered.
 
     The counters begin anew when the engine was lost.
     """
@@ -59,6 +61,8 @@ class LoopStatistics:
     frontends: list[str]
     """Connected ones, by name."""
     draining: bool
+    malformed_messages: int
+    """Messages from frontends that could not be decoded."""
     running_requests: int = 0
     waiting_requests: int = 0
     blocks: int = 0
@@ -125,7 +129,8 @@ class StepLoop:
 
     def statistics(self) -> LoopStatistics:
         """What can be told at this moment; read without stopping the loop."""
-        statistics = LoopStatistics(frontends=self._channel.frontends, draining=self._draining)
+        channel = self._channel
+        statistics = LoopStatistics(channel.frontends, self._draining, channel.statistics.malformed)
         if core := self.core:
             scheduler = core.scheduler
             statistics.running_requests = scheduler.num_running
@@ -151,6 +156,7 @@ class StepLoop:
                 # The scheduler's state cannot be trusted any more; a new one starts with none.
                 _log.exception("the step loop failed; its requests end and it starts over")
                 self._end_all(EngineStepError("the scheduler failed; the server's log says why"))
+                self._stopping.wait(PAUSE_AFTER_FAILURE_S)
         self._end_all(PeerLostError("the server is stopping; try again later"))
 
     def _serve(self) -> None:

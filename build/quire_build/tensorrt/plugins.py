@@ -15,6 +15,7 @@ from typing import Any
 
 from quire_build.tensorrt.kernels.compiled import CompiledKernel, compile_kernel
 from quire_build.tensorrt.kernels.kv_write import kv_write
+from quire_build.tensorrt.kernels.linear import SQUARES_WIDTH, linear
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
 
 NAMESPACE = "quire"
@@ -205,3 +206,92 @@ def register_plugins(arch: int) -> None:
         num_splits = splits(tokens, seqs, tile_rows // group, num_kv_heads)
         grid = (tiles(tokens, seqs, tile_rows // group), num_kv_heads, num_splits)
         return launch(kernel, grid, (seqs, block_tables.shape_expr[1], num_splits, layer))
+
+    @trtp.register(f"{NAMESPACE}::Linear")
+    def describe_linear(
+        x: trtp.TensorDesc,
+        weight: trtp.TensorDesc,
+        squares: trtp.TensorDesc,
+        residual: trtp.TensorDesc,
+        next_norm: trtp.TensorDesc,
+        kv_cache: trtp.TensorDesc,
+        k: int,
+        n: int,
+        normed: int,
+        epsilon: float,
+        gated: int,
+        adds_residual: int,
+        wide_output: int,
+        splits: int,
+        block_m: int,
+        block_n: int,
+        block_k: int,
+        num_warps: int,
+        num_stages: int,
+    ) -> tuple[trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc]:
+        rows = x.shape_expr[0]
+        width = n if adds_residual else 1
+        sums = n // SQUARES_WIDTH.value if adds_residual else 1
+        scratch = splits * block_m * n * (1 + gated) if splits > 1 else 1
+        return (
+            trtp.from_shape_expr((rows, n), trt.float32 if wide_output else x.dtype),
+            trtp.from_shape_expr((rows, width), x.dtype),
+            trtp.from_shape_expr((rows, sums), trt.float32),
+            trtp.from_shape_expr((scratch,), trt.float32),
+        )
+
+    @trtp.aot_impl(f"{NAMESPACE}::Linear")
+    def implement_linear(
+        x: trtp.TensorDesc,
+        weight: trtp.TensorDesc,
+        squares: trtp.TensorDesc,
+        residual: trtp.TensorDesc,
+        next_norm: trtp.TensorDesc,
+        kv_cache: trtp.TensorDesc,
+        k: int,
+        n: int,
+        normed: int,
+        epsilon: float,
+        gated: int,
+        adds_residual: int,
+        wide_output: int,
+        splits: int,
+        block_m: int,
+        block_n: int,
+        block_k: int,
+        num_warps: int,
+        num_stages: int,
+        outputs: tuple[trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc],
+        tactic: int,
+    ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        model_type = f"*{element[x.dtype]}"
+        types = {
+            "x": model_type,
+            "weight": model_type,
+            "squares": "*fp32",
+            "residual": model_type,
+            "next_norm": model_type,
+            "kv_cache": model_type,
+            "num_rows": "i32",
+            "out": "*fp32" if wide_output else model_type,
+            "normed": model_type,
+            "out_squares": "*fp32",
+            "partial": "*fp32",
+        }
+        constants = {
+            "K": k,
+            "N": n,
+            "NORMED": bool(normed),
+            "EPSILON": epsilon,
+            "GATED": bool(gated),
+            "RESIDUAL": bool(adds_residual),
+            "SPLITS": splits,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+        }
+        kernel = compile_kernel(
+            linear, types, constants, arch=arch, num_warps=num_warps, num_stages=num_stages
+        )
+        grid = (-(-n // block_n), trtp.cdiv(x.shape_expr[0], block_m), splits)
+        return launch(kernel, grid, (x.shape_expr[0],))

@@ -1,0 +1,237 @@
+"""What a running server delivers: tokens per second, time to the first token, time between tokens.
+
+    python tests/benchmarks/serving.py --url HOST:PORT            a server that runs
+    python tests/benchmarks/serving.py --repository REPOSITORY    starts `quire serve` for the duration
+
+For each number of streams, that many clients send one request after the other for a fixed time; what
+arrives before all of them have had their first token is not counted. Prompts are random ids, so that none
+is found in the prefix cache. Prints JSON. The clients take processor time from a server on the same
+machine: `client_cores` says how much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quire_client import AsyncClient, Client
+
+NUM_STREAMS = (1, 8, 32, 128, 256)
+REQUEST_TIMEOUT_S = 300
+LOAD_TIMEOUT_S = 300
+PROMPT_IDS = range(300, 1000)
+"""Ordinary tokens in any vocabulary that a language model would have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What every stream does, and for how long."""
+
+    url: str
+    seconds: float
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One request as its client saw it. Times are seconds of the machine's monotonic clock."""
+
+    sent: float
+    arrivals: list[float] = field(default_factory=list)
+    """When each delta came."""
+    tokens: list[int] = field(default_factory=list)
+    """How many tokens each delta brought."""
+
+
+@dataclass(slots=True)
+class ClientReport:
+    """What one client process saw between the start and the end of the measurement."""
+
+    deliveries: list[Delivery]
+    cpu_s: float
+    began: float
+    ended: float
+
+
+def run_client(load: Load, num_streams: int, seed: int, barrier: Any) -> ClientReport:
+    """One client process with `num_streams` streams; `barrier` holds all processes until each is warm."""
+    return asyncio.run(_run_streams(load, num_streams, seed, barrier))
+
+
+async def _run_streams(load: Load, num_streams: int, seed: int, barrier: Any) -> ClientReport:
+    deliveries: list[Delivery] = []
+    warm = asyncio.Event()
+    num_warm = 0
+    over = False
+
+    async def stream_requests(client: AsyncClient, rng: random.Random) -> None:
+        nonlocal num_warm
+        first = True
+        while not over:
+            prompt = rng.choices(PROMPT_IDS, k=load.prompt_tokens)
+            delivery = Delivery(time.monotonic())
+            deliveries.append(delivery)
+            async with client.stream(prompt, max_tokens=load.max_tokens, temperature=0) as stream:
+                async for delta in stream:
+                    delivery.arrivals.append(time.monotonic())
+                    delivery.tokens.append(len(delta.token_ids))
+                    if first:
+                        first = False
+                        num_warm += 1
+                        if num_warm == num_streams:
+                            warm.set()
+                    if over:
+                        return
+
+    async with AsyncClient(load.url, timeout_s=REQUEST_TIMEOUT_S) as client:
+        tasks = [
+            asyncio.create_task(stream_requests(client, random.Random(seed * 1000 + number)))
+            for number in range(num_streams)
+        ]
+        await warm.wait()
+        await asyncio.to_thread(barrier.wait, REQUEST_TIMEOUT_S)
+        began, cpu_began = time.monotonic(), time.process_time()
+        await asyncio.sleep(load.seconds)
+        ended, cpu_s = time.monotonic(), time.process_time() - cpu_began
+        over = True
+        await asyncio.gather(*tasks)
+    return ClientReport(deliveries, cpu_s, began, ended)
+
+
+def measure(load: Load, num_streams: int, num_clients: int, manager: SyncManager) -> dict[str, Any]:
+    """Run `num_streams` streams from up to `num_clients` processes and sum up what arrived."""
+    num_clients = min(num_clients, num_streams)
+    barrier = manager.Barrier(num_clients)
+    shares = [num_streams // num_clients + (i < num_streams % num_clients) for i in range(num_clients)]
+    with ProcessPoolExecutor(num_clients, mp_context=multiprocessing.get_context("spawn")) as pool:
+        seed = random.SystemRandom().randrange(2**32)
+        futures = [
+            pool.submit(run_client, load, share, seed + number, barrier)
+            for number, share in enumerate(shares)
+        ]
+        reports = [future.result() for future in futures]
+    return {"streams": num_streams, "clients": num_clients} | summarise(reports)
+
+
+def summarise(reports: list[ClientReport]) -> dict[str, Any]:
+    """Rates over the time in which every process measured; times of requests and gaps within it."""
+    began = max(report.began for report in reports)
+    ended = min(report.ended for report in reports)
+    deltas = tokens = 0
+    first_token_s: list[float] = []
+    gap_s: list[float] = []
+    for delivery in (delivery for report in reports for delivery in report.deliveries):
+        counted = [began <= arrival < ended for arrival in delivery.arrivals]
+        deltas += sum(counted)
+        tokens += sum(count for count, inside in zip(delivery.tokens, counted, strict=True) if inside)
+        if delivery.arrivals and began <= delivery.sent and counted[0]:
+            first_token_s.append(delivery.arrivals[0] - delivery.sent)
+        gap_s += [
+            later - earlier
+            for earlier, later, inside in zip(delivery.arrivals, delivery.arrivals[1:], counted, strict=False)
+            if inside
+        ]
+    seconds = ended - began
+    return {
+        "tokens_per_s": round(tokens / seconds, 1),
+        "time_to_first_token_ms": percentiles(first_token_s),
+        "time_between_deltas_ms": percentiles(gap_s),
+        "tokens_per_delta": round(tokens / max(deltas, 1), 2),
+        "requests_started": len(first_token_s),
+        "seconds": round(seconds, 1),
+        "client_cores": round(sum(report.cpu_s for report in reports) / seconds, 2),
+    }
+
+
+def percentiles(seconds: list[float]) -> dict[str, float] | None:
+    """Median and 99th percentile in milliseconds; None where nothing was measured."""
+    if not seconds:
+        return None
+    p50, p99 = np.percentile(seconds, (50, 99)) * 1000
+    return {"p50": round(float(p50), 2), "p99": round(float(p99), 2)}
+
+
+@contextlib.contextmanager
+def own_server(repository: Path) -> Iterator[str]:
+    """`quire serve` of a repository while the block runs; its gRPC address."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for unbound in sockets:
+            unbound.bind(("127.0.0.1", 0))
+        ports = [bound.getsockname()[1] for bound in sockets]
+    flags = [f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)]
+    quire = Path(sys.executable).with_name("quire")
+    server = subprocess.Popen([quire, "serve", repository, *flags], start_new_session=True)
+    url = f"127.0.0.1:{ports[0]}"
+    try:
+        deadline = time.monotonic() + LOAD_TIMEOUT_S
+        with Client(url) as client:
+            while not client.is_ready():
+                if server.poll() is not None or time.monotonic() > deadline:
+                    sys.exit("the server did not get ready")
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("quire", "openvino", "numpy")},
+    }
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--url", help="gRPC address of a running server")
+    where.add_argument("--repository", type=Path, help="model repository to serve meanwhile")
+    parser.add_argument("--streams", type=int, nargs="+", default=NUM_STREAMS)
+    parser.add_argument("--seconds", type=float, default=10, help="of measurement for each number of streams")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--clients", type=int, default=2, help="client processes")
+    options = parser.parse_args()
+    context = contextlib.nullcontext(options.url) if options.url else own_server(options.repository)
+    with context as url, multiprocessing.get_context("spawn").Manager() as manager:
+        load = Load(url, options.seconds, options.prompt_tokens, options.max_tokens)
+        runs = [measure(load, streams, options.clients, manager) for streams in options.streams]
+    load_figures = {"prompt_tokens": load.prompt_tokens, "max_tokens": load.max_tokens}
+    print(json.dumps({"machine": machine(), "load": load_figures, "runs": runs}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
