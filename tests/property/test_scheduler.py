@@ -176,4 +176,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+TestScheduler.settings = settings(max_examples=300, stateful_step_count=25, deadline=None)

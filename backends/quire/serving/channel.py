@@ -330,7 +330,10 @@ class FrontendChannel:
     def _run(self) -> None:
         while not self._closing.is_set():
             with self._context.socket(zmq.DEALER) as socket:
-                self._converse(socket)
+                try:
+                    self._converse(socket)
+                except zmq.ZMQError:
+                    _log.exception("the connection to the scheduler failed")
             self._end_session()
             self._closing.wait(self._times.retry_s)
         self._context.term()
