@@ -137,7 +137,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model repository until Ctrl-C or SIGTERM; requests under way finish first."""
-    from quire.launcher import Endpoints, LaunchOptions, plan_launch
+    from quire.launcher.plan import Endpoints, LaunchOptions, plan_launch
 
     given = {
         "max_num_seqs": max_num_seqs,
@@ -158,8 +158,8 @@ def serve(
         if print_command:
             typer.echo(plan.shell_line())
             return
-        from quire.server_log import ServerLog
-        from quire.server_process import ServerProcess
+        from quire.launcher.server_log import ServerLog
+        from quire.launcher.server_process import ServerProcess
 
         ServerProcess(
             plan,

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from quire import __version__
 from quire.errors import StartupError
-from quire.launcher import SHM_DIR
-from quire.triton_installation import backend_directory, find_triton
+from quire.launcher.installation import backend_directory, find_triton
+from quire.launcher.plan import SHM_DIR
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12))
 SMALLEST_SHM_BYTES = 64 << 20

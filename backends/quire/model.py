@@ -50,15 +50,15 @@ def _component(arguments: ComponentArguments) -> Component:
     """Each component's imports stay in its own processes: only one of them needs the engine's runtime."""
     name = arguments.parameters.get("component")
     if name == "frontend":
-        from quire.serving.frontend import Frontend
+        from quire.serving.frontend.component import Frontend
 
         return Frontend(arguments)
     if name == "scheduler":
-        from quire.serving.scheduler_component import SchedulerComponent
+        from quire.serving.scheduler.component import SchedulerComponent
 
         return SchedulerComponent(arguments)
     if name == "engine":
-        from quire.serving.engine_component import EngineComponent
+        from quire.serving.engine.component import EngineComponent
 
         return EngineComponent(arguments)
     raise StartupError(

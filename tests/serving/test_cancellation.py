@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tests.serving.running_server import ENDLESS, PROMPT, QUIRE, RunningServer
 
-from quire.scheduler_control import ask_scheduler
+from quire.launcher.scheduler_control import ask_scheduler
 from quire.serving.rendezvous import Rendezvous
 from quire_client import AsyncClient, Client, RequestCancelledError, RequestTimeoutError
 

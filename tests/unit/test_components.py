@@ -61,7 +61,7 @@ def arguments(repository: Path, model_name: str, **parameters: int) -> Component
 
 @pytest.fixture
 def engine_component(repository: Path, runtime_dir: Path) -> Iterator[Any]:
-    with inside_triton("engine_component") as (_, [module]):
+    with inside_triton("engine.component") as (_, [module]):
         component = module.EngineComponent(arguments(repository, "engine"))
         yield component
         component.finalize()
@@ -147,12 +147,14 @@ def test_the_engine_refuses_a_step_outside_its_pool_and_goes_on(
 def test_limits_above_the_engines_keep_the_server_from_starting(
     repository: Path, runtime_dir: Path, component: str
 ) -> None:
-    with inside_triton("scheduler_component", "engine_component", "triton_executor", "metrics") as (
+    with inside_triton(
+        "scheduler.component", "engine.component", "scheduler.triton_executor", "scheduler.metrics"
+    ) as (
         _,
         modules,
     ):
         kind = {"scheduler": "SchedulerComponent", "engine": "EngineComponent"}[component]
-        module: ModuleType = sys.modules[f"quire.serving.{component}_component"]
+        module: ModuleType = sys.modules[f"quire.serving.{component}.component"]
         assert module in modules
         with pytest.raises(SettingsError, match="max_num_seqs is 9, but the engine was built for at most 8"):
             getattr(module, kind)(arguments(repository, component, max_num_seqs=9))
@@ -164,7 +166,7 @@ def test_the_environment_overrides_the_parameters(
 ) -> None:
     monkeypatch.setenv("QUIRE_MAX_NUM_SEQS", "9")
     with (
-        inside_triton("engine_component") as (_, [module]),
+        inside_triton("engine.component") as (_, [module]),
         pytest.raises(SettingsError, match="max_num_seqs is 9"),
     ):
         module.EngineComponent(arguments(repository, "engine", max_num_seqs=1))
@@ -175,8 +177,8 @@ def scheduler(
     repository: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[StandIn, Any]]:
     """A scheduler whose engine never comes."""
-    monkeypatch.setattr("quire.serving.step_loop.ENGINE_PATIENCE_S", 0.01)
-    names = ("scheduler_component", "triton_executor", "metrics")
+    monkeypatch.setattr("quire.serving.scheduler.step_loop.ENGINE_PATIENCE_S", 0.01)
+    names = ("scheduler.component", "scheduler.triton_executor", "scheduler.metrics")
     with inside_triton(*names) as (triton, [module, *_]):
         component = module.SchedulerComponent(arguments(repository, "scheduler"))
         yield triton, component

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from quire.serving.cancellation import CancellationPoller
+from quire.serving.frontend.cancellation import CancellationPoller
 
 PATIENCE_S = 30.0
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quire.errors import CheckpointError
-from quire.serving.generation_defaults import GenerationDefaults
+from quire.serving.frontend.generation_defaults import GenerationDefaults
 
 
 def write(directory: Path, name: str, content: dict[str, Any]) -> None:

@@ -17,10 +17,10 @@ from quire.errors import (
     RequestCancelledError,
 )
 from quire.scheduling.sampling_params import SamplingParams
+from quire.serving.frontend.outstanding import OutstandingRequests
+from quire.serving.frontend.request_parsing import GenerationRequest
+from quire.serving.frontend.stream import GenerationResponse
 from quire.serving.messages import Finished, Refusal, StepTokens, Submit
-from quire.serving.outstanding import OutstandingRequests
-from quire.serving.request_parsing import GenerationRequest
-from quire.serving.stream import GenerationResponse
 from quire.text.tokenizer import Tokenizer
 
 PATIENCE_S = 30.0

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from quire.serving.sender_pool import SenderPool
+from quire.serving.frontend.sender_pool import SenderPool
 
 PATIENCE_S = 30.0
 

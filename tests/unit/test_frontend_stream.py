@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from quire.errors import PeerLostError, QuireError, RequestCancelledError
 from quire.scheduling.request import FinishReason
 from quire.scheduling.sampling_params import SamplingParams
-from quire.serving.request_parsing import GenerationRequest
-from quire.serving.stream import GenerationResponse, ResponseStream
+from quire.serving.frontend.request_parsing import GenerationRequest
+from quire.serving.frontend.stream import GenerationResponse, ResponseStream
 from quire.text.tokenizer import Tokenizer
 
 EOS = 1

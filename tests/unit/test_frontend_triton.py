@@ -11,7 +11,7 @@ import pytest
 from tests.unit.triton_stand_in import InferenceResponse, StandIn, TritonError, inside_triton
 
 from quire.errors import InvalidRequestError
-from quire.serving.stream import GenerationResponse
+from quire.serving.frontend.stream import GenerationResponse
 
 FINAL = StandIn.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 PATIENCE_S = 30.0
@@ -43,7 +43,7 @@ class FakeSender:
 @pytest.fixture
 def frontend() -> Iterator[Any]:
     """The module, imported as in a server."""
-    with inside_triton("frontend") as (_, [module]):
+    with inside_triton("frontend.component") as (_, [module]):
         yield module
 
 

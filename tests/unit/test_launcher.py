@@ -16,7 +16,6 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from quire import triton_installation
 from quire.errors import ManifestError, SettingsError, StartupError
 from quire.execution.manifest import (
     MANIFEST_VERSION,
@@ -26,9 +25,10 @@ from quire.execution.manifest import (
     ModelDimensions,
     write_manifest,
 )
-from quire.launcher import Endpoints, LaunchOptions, check_shared_memory, plan_launch
+from quire.launcher import installation
+from quire.launcher.installation import STUB_NAME, TritonInstallation, backend_directory, find_triton
+from quire.launcher.plan import Endpoints, LaunchOptions, check_shared_memory, plan_launch
 from quire.settings import ServingSettings
-from quire.triton_installation import STUB_NAME, TritonInstallation, backend_directory, find_triton
 
 MANIFEST = Manifest(
     version=MANIFEST_VERSION,
@@ -193,7 +193,7 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (root / "backends" / "tensorrt" / "libtriton_tensorrt.so").touch()
     (root / "backends" / "python" / "libtriton_python.so").write_text("library")
     (root / "TRITON_VERSION").write_text("2.99.0\n")
-    monkeypatch.setattr(triton_installation, "CONTAINER_ROOT", root)
+    monkeypatch.setattr(installation, "CONTAINER_ROOT", root)
     yield root
 
 
@@ -213,7 +213,7 @@ def test_without_a_fitting_server_the_sentence_says_which_was_seen_and_what_to_i
     container: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_stub(container, "3.99")
-    monkeypatch.setattr(triton_installation, "_wheel_root", lambda: None)
+    monkeypatch.setattr(installation, "_wheel_root", lambda: None)
     with pytest.raises(StartupError, match=r"built for another Python.*install quire\[server\]"):
         find_triton()
 

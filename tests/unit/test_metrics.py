@@ -6,7 +6,7 @@ import threading
 
 from tests.unit.triton_stand_in import inside_triton
 
-from quire.serving.step_loop import LoopStatistics
+from quire.serving.scheduler.step_loop import LoopStatistics
 
 PATIENCE_S = 30
 
@@ -17,7 +17,7 @@ def test_gauges_follow_and_counters_only_grow() -> None:
         LoopStatistics([], False, 0, running_requests=1, steps=25),
         LoopStatistics([], False, 0, running_requests=1, steps=4),  # a new scheduler counts anew
     ]
-    with inside_triton("metrics") as (triton, [metrics]):
+    with inside_triton("scheduler.metrics") as (triton, [metrics]):
         metrics.UPDATE_INTERVAL_S = 0.001
         done = threading.Event()
 
@@ -35,5 +35,5 @@ def test_gauges_follow_and_counters_only_grow() -> None:
 
 
 def test_every_metric_is_a_statistic() -> None:
-    with inside_triton("metrics") as (_, [metrics]):
+    with inside_triton("scheduler.metrics") as (_, [metrics]):
         assert {*metrics.GAUGES, *metrics.COUNTERS} <= set(LoopStatistics.__slots__)

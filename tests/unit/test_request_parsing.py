@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from quire.errors import InvalidRequestError
-from quire.serving.generation_defaults import GenerationDefaults
-from quire.serving.request_parsing import (
+from quire.serving.frontend.generation_defaults import GenerationDefaults
+from quire.serving.frontend.request_parsing import (
     MAX_STOP_STRING_BYTES,
     MAX_STOP_STRINGS,
     MIN_TEMPERATURE,

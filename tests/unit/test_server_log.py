@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from quire.server_log import ServerLog
+from quire.launcher.server_log import ServerLog
 
 NO_GPU = (
     'W1123 20:33:02.898682 12 pinned_memory_manager.cc:273] "Unable to allocate pinned system memory, '

@@ -20,7 +20,7 @@ from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire.serving.channel import ChannelStatistics, FrontendLost, SchedulerChannel
 from quire.serving.messages import Abort, Finished, Refusal, StepTokens, Submit, ToFrontend
-from quire.serving.step_loop import StepLoop
+from quire.serving.scheduler.step_loop import StepLoop
 
 PATIENCE_S = 30
 VOCAB_SIZE = 16

@@ -1,4 +1,4 @@
-"""The plan's kernels against a plain torch specification, in the Triton language's interpreter, and their PTX."""
+"""The plan's kernels against a torch specification, in the Triton language's interpreter, and their PTX."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ def run_attention(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
     )
-    assert not step.pool.view(-1).view(torch.int32)[16 : 16 + grid[0] * grid[1]].any(), "a counter was left behind"
+    assert not step.pool.view(-1).view(torch.int32)[16 : 16 + grid[0] * grid[1]].any(), (
+        "a counter was left behind"
+    )
     return out
 
 
@@ -235,7 +237,9 @@ def rope_table(head_dim: int, positions: int) -> torch.Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()
 
 
-def run_kv_write(qkv: torch.Tensor, table: torch.Tensor, step: Step, layout: Layout, layer: int) -> torch.Tensor:
+def run_kv_write(
+    qkv: torch.Tensor, table: torch.Tensor, step: Step, layout: Layout, layer: int
+) -> torch.Tensor:
     tokens = qkv.shape[0]
     heads = layout.heads + 2 * layout.kv_heads
     query = torch.full((tokens, layout.heads, layout.head_dim), math.nan, dtype=qkv.dtype)
@@ -308,8 +312,8 @@ kernels = [
     (paged_attention, "*bf16 *i32 *i32 *i32 *bf16 i32 i32 i32 i32 *bf16 *fp32 *fp32",
      dict(shape, HEAD_DIM_PADDED=128, GROUP=4, WINDOW=0, SCALE_LOG2=0.1, BLOCK_M=16, BLOCK_N=64)),
     (linear, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 i32 *bf16 *bf16 *fp32 *fp32",
-     dict(K=4096, N=4096, NORMED=False, EPSILON=1e-5, GATED=False, RESIDUAL=True, SPLITS=2, BLOCK_M=16, BLOCK_N=32,
-          BLOCK_K=256)),
+     dict(K=4096, N=4096, NORMED=False, EPSILON=1e-5, GATED=False, RESIDUAL=True, SPLITS=2, BLOCK_M=16,
+          BLOCK_N=32, BLOCK_K=128)),
 ]
 for arch in (80, 89, 90):
     for kernel, types, constants in kernels:
@@ -333,8 +337,11 @@ def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
 
 
 def test_linear_layers_chain_through_a_norm() -> None:
-    """o_proj with the residual sum, then a gated layer behind the norm, in every split, against plain torch."""
+    """A layer with the residual sum, then a gated one behind the norm, in every split, against torch."""
     rng = np.random.default_rng(8)
+
+    def nan(*shape: int) -> torch.Tensor:
+        return torch.full(shape, math.nan)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
@@ -347,7 +354,6 @@ def test_linear_layers_chain_through_a_norm() -> None:
     gate, up = (behind_norm @ gate_up.T).chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * up
     for splits in (1, 2, 4):
-        nan = lambda *shape: torch.full(shape, math.nan)  # noqa: E731
         out, normed, squares = nan(rows, hidden), nan(rows, hidden), nan(rows, hidden // 32)
         common = {"EPSILON": 1e-5, "SPLITS": splits, "BLOCK_M": 16, "BLOCK_K": 16}
         linear[(2, 1, splits)](

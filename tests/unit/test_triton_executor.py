@@ -89,7 +89,10 @@ class Engine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    with TemporaryDirectory(prefix="q") as folder, inside_triton("triton_executor") as (triton, [module]):
+    with (
+        TemporaryDirectory(prefix="q") as folder,
+        inside_triton("scheduler.triton_executor") as (triton, [module]),
+    ):
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
         rendezvous = Rendezvous.for_server(os.getpid())
         engine = Engine(rendezvous, triton, module.TritonExecutor(rendezvous))

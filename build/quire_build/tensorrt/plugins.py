@@ -1,13 +1,17 @@
 """Registers the plan's own operators with TensorRT: write and attend, with their kernels inside the plan.
 
-They are TensorRT's quick-deployable plugins with ahead-of-time kernels: the PTX travels in the plan, which then
-needs no shared library and no Python to run. TensorRT passes each kernel its input pointers, then integers it
-computes from the shapes, then its output pointers, and nulls for the parameters that the Triton language appends.
+They are TensorRT's quick-deployable plugins with ahead-of-time kernels: the PTX travels in the plan, which
+then needs no shared library and no Python to run. TensorRT passes each kernel its input pointers, then
+integers it computes from the shapes, then its output pointers, and nulls for the parameters that the Triton
+language appends.
 
-The pool is an ordinary input that ``KvWrite`` writes through: no output aliases it, because TensorRT may answer an
-alias with a copy. What orders the writes before the reads is that ``PagedAttend`` needs the queries that
+The pool is an ordinary input that ``KvWrite`` writes through: no output aliases it, because TensorRT may
+answer an alias with a copy. What orders the writes before the reads is that ``PagedAttend`` needs the queries that
 ``KvWrite`` rotates.
 """
+
+# TensorRT reads the annotations of what is registered, so they must not be strings here.
+# mypy: disable-error-code="import-not-found, untyped-decorator"
 
 import functools
 import math
@@ -20,11 +24,11 @@ from quire_build.tensorrt.kernels.paged_attention import paged_attention
 
 NAMESPACE = "quire"
 PROGRAMS_WANTED = 256
-"""The context is split until about this many programs run at once: two on each of a Hopper GPU's 132 SMs, nearly."""
+"""The context is split until about this many programs run: two on nearly each of a Hopper GPU's 132 SMs."""
 
 
 def most_splits(num_kv_heads: int) -> int:
-    """Splits of a launch with a single query tile: tiles times splits never exceed it, unless nothing is split."""
+    """Splits of a launch with one query tile: tiles times splits never exceed it, unless nothing is split."""
     return max(1, PROGRAMS_WANTED // num_kv_heads)
 
 
@@ -124,7 +128,7 @@ def register_plugins(arch: int) -> None:
             "MAX_POSITIONS": max_positions,
             "HEADS_PER_PROGRAM": heads_per_program,
         }
-        kernel = compile_kernel(kv_write, types, constants, arch=arch, num_warps=4)
+        kernel = compile_kernel(kv_write, types, constants, arch=arch)
         return launch(kernel, (qkv.shape_expr[0], -(-heads // heads_per_program)), (layer,))
 
     @trtp.register(f"{NAMESPACE}::PagedAttend")
@@ -197,11 +201,9 @@ def register_plugins(arch: int) -> None:
             "WINDOW": window,
             "SCALE_LOG2": math.log2(math.e) / math.sqrt(head_dim),
             "BLOCK_M": tile_rows,
-            "BLOCK_N": 64,
+            "BLOCK_N": 64 if tile_rows == 16 else 32,
         }
-        kernel = compile_kernel(
-            paged_attention, types, constants, arch=arch, num_warps=4 if tile_rows < 128 else 8, num_stages=2
-        )
+        kernel = compile_kernel(paged_attention, types, constants, arch=arch, num_stages=2)
         tokens, seqs = query.shape_expr[0], block_tables.shape_expr[0]
         num_splits = splits(tokens, seqs, tile_rows // group, num_kv_heads)
         grid = (tiles(tokens, seqs, tile_rows // group), num_kv_heads, num_splits)

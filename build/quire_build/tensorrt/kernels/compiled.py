@@ -1,5 +1,7 @@
 """Ahead-of-time compilation of the kernels: what a plan embeds and how it has to be launched."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import functools
@@ -9,6 +11,10 @@ from typing import Any
 
 PTX_VERSION = 87
 """PTX 8.7: old enough for every driver of CUDA 12.8 or later, whatever the compiler's own default is."""
+
+
+MAX_SHARED_BYTES = 48 * 1024
+"""TensorRT launches a plan's kernels without raising the driver's limit on dynamic shared memory."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,15 @@ def compile_kernel(
 
     Args:
         kernel: a ``triton.jit`` function.
-        types: its run-time parameters in order, pointers as ``"*bf16"``, integers as ``"i32"``. Pointers are taken
-            to be 16-byte aligned, as TensorRT's tensors are.
+        types: its run-time parameters in order, pointers as ``"*bf16"``, integers as ``"i32"``. Pointers are
+            taken to be 16-byte aligned, as TensorRT's tensors are.
         constants: values of its ``constexpr`` parameters.
         arch: compute capability, 90 for 9.0.
 
     Raises:
-        ValueError: if the kernel wants scratch memory, which a plan cannot give it.
+        ValueError: if the kernel wants scratch memory or more shared memory than a plan can give it.
     """
-    return _compile(
-        kernel, tuple(types.items()), tuple(constants.items()), arch, num_warps, num_stages
-    )
+    return _compile(kernel, tuple(types.items()), tuple(constants.items()), arch, num_warps, num_stages)
 
 
 @functools.cache
@@ -67,7 +71,9 @@ def _compile(
     from triton.compiler import ASTSource
 
     aligned = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, kind in types if kind.startswith("*")
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types
+        if kind.startswith("*")
     }
     source = ASTSource(kernel, dict(types), dict(constants), aligned)
     options = {"ptx_version": PTX_VERSION, "num_warps": num_warps, "num_stages": num_stages}
@@ -75,4 +81,9 @@ def _compile(
     metadata = built.metadata
     if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):
         raise ValueError(f"kernel {metadata.name} wants scratch memory, which TensorRT does not pass")
+    if metadata.shared > MAX_SHARED_BYTES:
+        raise ValueError(
+            f"kernel {metadata.name} wants {metadata.shared} bytes of shared memory; "
+            f"a plan can give it {MAX_SHARED_BYTES}: choose smaller tiles or fewer stages"
+        )
     return CompiledKernel(metadata.name, built.asm["ptx"], metadata.num_warps * 32, metadata.shared)

@@ -1,5 +1,9 @@
 """Rotate queries and keys by their positions and put keys and values where the step's slots say."""
 
+# Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import triton
@@ -7,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["layer"])
-def kv_write(  # type: ignore[no-untyped-def]
+def kv_write(
     qkv,
     cos_sin,
     positions,
@@ -27,8 +31,10 @@ def kv_write(  # type: ignore[no-untyped-def]
 ):
     """Apply RoPE (halves, as in Hugging Face's LLaMA) and write K and V of one layer into the pool.
 
-    Slots of the null block, and slots outside the pool, are skipped: the pool's first element, which holds the
-    number of its blocks, lies in the null block. Grid: (T, cdiv(NUM_HEADS + 2 * NUM_KV_HEADS, HEADS_PER_PROGRAM)).
+    Slots of the null block, and slots outside the pool, are skipped: the pool's first element, which holds
+    the number of its blocks, lies in the null block.
+
+    Grid: (T, cdiv(NUM_HEADS + 2 * NUM_KV_HEADS, HEADS_PER_PROGRAM)).
 
     Args:
         qkv: [T, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM], a token's queries, then keys, then values.
@@ -65,10 +71,14 @@ def kv_write(  # type: ignore[no-untyped-def]
     tl.store(target, rotated_low.to(query.dtype.element_ty), mask=mask & is_query)
     tl.store(target + HALF, rotated_high.to(query.dtype.element_ty), mask=mask & is_query)
 
-    num_blocks = tl.minimum(tl.load(kv_cache.to(tl.pointer_type(tl.int64), bitcast=True)), MAX_BLOCKS).to(tl.int32)
+    num_blocks = tl.minimum(tl.load(kv_cache.to(tl.pointer_type(tl.int64), bitcast=True)), MAX_BLOCKS).to(
+        tl.int32
+    )
     slot = tl.load(slot_mapping + token)
     block = slot // BLOCK_SIZE
-    target_block = block + tl.zeros_like(head)  # one per head: the interpreter splats integers rightly, masks not
+    target_block = block + tl.zeros_like(
+        head
+    )  # one per head: the interpreter splats integers rightly, masks not
     stored = mask & ((head >= NUM_HEADS) & (target_block > 0) & (target_block < num_blocks))[:, None]
     plane = tl.where(head < KEYS_END, 0, PLANE)
     kv_head = tl.where(head < KEYS_END, head - NUM_HEADS, head - KEYS_END)

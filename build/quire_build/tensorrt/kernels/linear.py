@@ -1,12 +1,16 @@
 """A linear layer with what surrounds it in a LLaMA block: RMSNorm before, SwiGLU or the residual sum after.
 
-A decode step is a stream of weights past a few rows, and everything else should hide behind that stream. So RMSNorm
-is not a step of its own: the layer that adds to the residual stream also leaves the new rows times the next norm's
-weight, and the sums of their squares; the next layer multiplies with the former and scales its result by the latter,
-which a norm's division commutes with. Where the tiles are too few to fill the GPU, K is split; the program that
-finishes a tile last adds the splits up, always in the same order, and counts in the pool's null block, as
-`paged_attention.py` describes.
+A decode step is a stream of weights past a few rows, and everything else should hide behind that stream. So
+RMSNorm is not a step of its own: the layer that adds to the residual stream also leaves the new rows times
+the next norm's weight, and the sums of their squares; the next layer multiplies with the former and scales its
+result by the latter, which a norm's division commutes with. Where the tiles are too few to fill the GPU, K is
+split; the program that finishes a tile last adds the splits up, always in the same order, and counts in the
+pool's null block, as `paged_attention.py` describes.
 """
+
+# Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ import triton.language as tl
 COUNTERS_OFFSET = tl.constexpr(16)
 """Where the counters of split tiles start in the null block, in int32."""
 SQUARES_WIDTH = tl.constexpr(32)
-"""Columns that one sum of squares covers: the same whatever BLOCK_N is, so that it does not change a result."""
+"""Columns of one sum of squares: the same whatever BLOCK_N is, so that BLOCK_N does not change a result."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def linear(  # type: ignore[no-untyped-def]  # noqa: D417
+def linear(
     x,
     weight,
     squares,
@@ -43,13 +47,15 @@ def linear(  # type: ignore[no-untyped-def]  # noqa: D417
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute one tile of ``out``, or one split of it. Grid: (cdiv(N, BLOCK_N), cdiv(num_rows, BLOCK_M), SPLITS).
+    """Compute one tile of ``out``, or one split of it.
+
+    Grid: (cdiv(N, BLOCK_N), cdiv(num_rows, BLOCK_M), SPLITS).
 
     Args:
-        x: [num_rows, K]; when NORMED, rows times the norm's weight, not yet divided by their root mean square.
+        x: [num_rows, K]; when NORMED, rows times the norm's weight, not divided by their root mean square.
         weight: [N, K]; when GATED [2 * N, K], the gate's rows first.
-        squares: float32 [num_rows, K / SQUARES_WIDTH], sums of squares of the rows before the norm's weight; not read
-            unless NORMED.
+        squares: float32 [num_rows, K / SQUARES_WIDTH], sums of squares of the rows before the norm's weight;
+            not read unless NORMED.
         residual: [num_rows, N], added to the result; not read unless RESIDUAL.
         next_norm: [N], weight of the norm that follows; not read unless RESIDUAL.
         kv_cache: the pool; its null block lends the counters.
@@ -110,7 +116,9 @@ def linear(  # type: ignore[no-untyped-def]  # noqa: D417
         for other in tl.static_range(SPLITS):
             acc += tl.load(partial + other * PLANE + place, mask=mask, other=0.0, cache_modifier=".cg")
             if GATED:
-                up += tl.load(partial + (SPLITS + other) * PLANE + place, mask=mask, other=0.0, cache_modifier=".cg")
+                up += tl.load(
+                    partial + (SPLITS + other) * PLANE + place, mask=mask, other=0.0, cache_modifier=".cg"
+                )
 
     if NORMED:
         SUMS: tl.constexpr = K // SQUARES_WIDTH

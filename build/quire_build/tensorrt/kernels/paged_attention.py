@@ -1,14 +1,18 @@
 """Attention over a paged KV cache for a packed batch of variable-length queries.
 
-One launch serves decode rows, prefill chunks and any mixture: a query tile holds ``BLOCK_M // GROUP`` tokens of
-one sequence times the ``GROUP`` query heads that share a KV head, so that grouped heads read K and V once. The
-context may be split over the launch's third axis; then the program that finishes a tile last combines the splits,
-always in the same order, so that the result does not depend on who that was. The programs of a tile count
-themselves in the pool's null block, behind the element that holds the number of blocks: the counters start at zero
-and are left at zero.
+One launch serves decode rows, prefill chunks and any mixture: a query tile holds ``BLOCK_M // GROUP`` tokens
+of one sequence times the ``GROUP`` query heads that share a KV head, so that grouped heads read K and V once.
+The context may be split over the launch's third axis; then the program that finishes a tile last combines the
+splits, always in the same order, so that the result does not depend on who that was. The programs of a tile
+count themselves in the pool's null block, behind the element that holds the number of blocks: the counters
+start at zero and are left at zero.
 
 K and V of the step are already in the pool when this kernel runs.
 """
+
+# Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ COUNTERS_OFFSET = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "blocks_per_table", "num_splits", "layer"])
-def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
+def paged_attention(
     query,
     block_tables,
     query_start_loc,
@@ -70,8 +74,8 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
     split = tl.program_id(2)
     TOKENS_PER_TILE: tl.constexpr = BLOCK_M // GROUP
 
-    # Sequence s owns the tiles from s + (query_start_loc[s] - s) // TOKENS_PER_TILE. While every sequence before
-    # has one token, that is s itself; only a tile behind a longer one has to look for its sequence.
+    # Sequence s owns the tiles from s + (query_start_loc[s] - s) // TOKENS_PER_TILE. While every sequence
+    # before has one token, that is s itself; only a tile behind a longer one has to look for its sequence.
     seq = tl.minimum(tile, num_seqs - 1)
     query_start = tl.load(query_start_loc + seq)
     if query_start != tile:
@@ -91,7 +95,9 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
         return
 
     seq_len = tl.load(seq_lens + seq)
-    num_blocks = tl.minimum(tl.load(kv_cache.to(tl.pointer_type(tl.int64), bitcast=True)), MAX_BLOCKS).to(tl.int32)
+    num_blocks = tl.minimum(tl.load(kv_cache.to(tl.pointer_type(tl.int64), bitcast=True)), MAX_BLOCKS).to(
+        tl.int32
+    )
 
     row = tl.arange(0, BLOCK_M)
     token = first_token + row // GROUP
@@ -179,7 +185,9 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
     tl.store(partial_lse + own_row, lse, mask=row_mask)
 
     tl.debug_barrier()  # every thread's stores come before the count
-    counter = kv_cache.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_OFFSET + tile * NUM_KV_HEADS + kv_head
+    counter = (
+        kv_cache.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_OFFSET + tile * NUM_KV_HEADS + kv_head
+    )
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     if arrived != splits_used - 1:
         return
@@ -193,7 +201,10 @@ def paged_attention(  # type: ignore[no-untyped-def]  # noqa: D417
         other_row = first_row + other * HEADS
         other_lse = tl.load(partial_lse + other_row, mask=row_mask, other=float("-inf"), cache_modifier=".cg")
         part = tl.load(
-            partial_out + other_row[:, None] * HEAD_DIM + dim[None, :], mask=out_mask, other=0.0, cache_modifier=".cg"
+            partial_out + other_row[:, None] * HEAD_DIM + dim[None, :],
+            mask=out_mask,
+            other=0.0,
+            cache_modifier=".cg",
         )
         new_largest = tl.maximum(largest, other_lse)
         shift = tl.where(new_largest > float("-inf"), new_largest, 0.0)

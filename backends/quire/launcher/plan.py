@@ -24,8 +24,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from quire.errors import StartupError
 from quire.execution.manifest import Manifest, read_manifest
 from quire.interface import ENGINE, LLM, SCHEDULER
+from quire.launcher.installation import TritonInstallation, backend_directory, find_triton
 from quire.settings import ENVIRONMENT_PREFIX, ServingSettings
-from quire.triton_installation import TritonInstallation, backend_directory, find_triton
 
 SHM_DIR = Path("/dev/shm")
 SHM_PREFIX = "triton_python_backend_shm_region_"

@@ -20,10 +20,10 @@ from quire.interface import ENGINE
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire.serving.channel import SchedulerChannel
 from quire.serving.component import ComponentArguments, join_server
-from quire.serving.metrics import MetricsReporter
-from quire.serving.step_loop import StepLoop
+from quire.serving.scheduler.metrics import MetricsReporter
+from quire.serving.scheduler.step_loop import StepLoop
+from quire.serving.scheduler.triton_executor import TritonExecutor
 from quire.serving.tensors import check_access, error_response, input_arrays, response, string_array
-from quire.serving.triton_executor import TritonExecutor
 from quire.settings import ServingSettings
 
 

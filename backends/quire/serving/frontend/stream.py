@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quire.errors import QuireError
 from quire.scheduling.request import FinishReason
-from quire.serving.request_parsing import GenerationRequest
+from quire.serving.frontend.request_parsing import GenerationRequest
 from quire.text.detokenizer import IncrementalDetokenizer
 from quire.text.stop_strings import StopStringFilter
 from quire.text.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from quire.errors import InvalidRequestError
 from quire.interface import LLM_INPUTS
 from quire.scheduling.sampling_params import SamplingParams
-from quire.serving.generation_defaults import GenerationDefaults
+from quire.serving.frontend.generation_defaults import GenerationDefaults
 from quire.text.tokenizer import Tokenizer
 
 MAX_STOP_STRINGS = 16

@@ -18,11 +18,11 @@ from typing import Protocol
 
 import quire.errors
 from quire.errors import PeerLostError, QuireError, RequestCancelledError, RequestError
-from quire.serving.cancellation import CancellationPoller
+from quire.serving.frontend.cancellation import CancellationPoller
+from quire.serving.frontend.request_parsing import GenerationRequest
+from quire.serving.frontend.sender_pool import SenderPool
+from quire.serving.frontend.stream import GenerationResponse, ResponseStream
 from quire.serving.messages import Refusal, StepTokens, Submit
-from quire.serving.request_parsing import GenerationRequest
-from quire.serving.sender_pool import SenderPool
-from quire.serving.stream import GenerationResponse, ResponseStream
 from quire.text.tokenizer import Tokenizer
 
 FIRST_CONTACT_S = 5.0

@@ -23,9 +23,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 from quire.errors import QuireError, StartupError
-from quire.launcher import SERVER_EXIT_TIMEOUT_S, SHM_DIR, LaunchPlan
-from quire.scheduler_control import ask_scheduler
-from quire.server_log import ServerLog
+from quire.launcher.plan import SERVER_EXIT_TIMEOUT_S, SHM_DIR, LaunchPlan
+from quire.launcher.scheduler_control import ask_scheduler
+from quire.launcher.server_log import ServerLog
 from quire.serving.rendezvous import Rendezvous
 
 READY_POLL_S = 0.1

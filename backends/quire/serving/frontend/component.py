@@ -21,11 +21,11 @@ from quire.execution.manifest import read_manifest
 from quire.interface import ENGINE
 from quire.serving.channel import FrontendChannel
 from quire.serving.component import ComponentArguments, join_server
-from quire.serving.generation_defaults import GenerationDefaults
+from quire.serving.frontend.generation_defaults import GenerationDefaults
+from quire.serving.frontend.outstanding import OutstandingRequests
+from quire.serving.frontend.request_parsing import RequestParser
+from quire.serving.frontend.stream import GenerationResponse
 from quire.serving.messages import Refusal, StepTokens
-from quire.serving.outstanding import OutstandingRequests
-from quire.serving.request_parsing import RequestParser
-from quire.serving.stream import GenerationResponse
 from quire.serving.tensors import Arrays, error_response, input_arrays, response, string_array
 from quire.text.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
-from quire.serving.step_loop import LoopStatistics
+from quire.serving.scheduler.step_loop import LoopStatistics
 
 UPDATE_INTERVAL_S = 1.0
 

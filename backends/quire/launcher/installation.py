@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import quire
 from quire.errors import StartupError
 from quire.interface import BACKEND
 
@@ -112,7 +113,7 @@ def backend_directory(triton: TritonInstallation) -> Path:
     Raises:
         StartupError: the cache cannot be written.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(quire.__file__).resolve().parent
     target = _cache_dir() / f"backends-{_fingerprint(triton, package)}"
     if target.is_dir():
         return target

@@ -1,0 +1,1 @@
+"""The model `engine`, where the graph runs on a runtime that Triton has no backend for."""

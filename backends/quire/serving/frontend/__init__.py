@@ -1,0 +1,1 @@
+"""The model `llm`: text in, text out, one process for each instance."""
