@@ -161,19 +161,24 @@ class Scheduler:
             finished_request_ids=self._finished_request_ids, preempted_requests=self._preempted_by_reset
         )
         self._finished_request_ids, self._preempted_by_reset = [], []
-        others = len(self._running) + len(self._waiting) > 1
-        most_tokens = (self.config.long_prefill_token_threshold if others else 0) or (
-            self.config.max_num_batched_tokens
-        )
-        num_preemptions = self.statistics.num_preemptions
+        num_preempted_before = len(output.preempted_requests)
+        most_tokens = self._most_tokens_per_request()
         budget = self._schedule_running(output, most_tokens)
-        if self.statistics.num_preemptions == num_preemptions:
+        if len(output.preempted_requests) == num_preempted_before:
+            # Nobody had to give way in this step, so there may be room for more.
             budget = self._schedule_waiting(output, budget, most_tokens)
         output.total_num_scheduled_tokens = self.config.max_num_batched_tokens - budget
         self._count_on(output)
         if output.requests:
             self._in_flight.append(output)
         return output
+
+    def _most_tokens_per_request(self) -> int:
+        """What one request may get of a step: all of it, if it is alone or no threshold is set."""
+        threshold = self.config.long_prefill_token_threshold
+        if threshold and len(self._running) + len(self._waiting) > 1:
+            return threshold
+        return self.config.max_num_batched_tokens
 
     def _schedule_running(self, output: SchedulerOutput, most_tokens: int) -> int:
         """Give running requests the tokens they lack, in order of admission; returns the budget left."""
