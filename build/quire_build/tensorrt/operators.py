@@ -1,8 +1,8 @@
-"""The operators of a lowered graph: for each, its kernel, the launch that its input shapes ask for, its outputs.
+"""The operators of a lowered graph: their kernels, outputs, and the launch that given input shapes ask for.
 
-Sizes may be plain integers, as the tests run them in the Triton language's interpreter, or TensorRT's symbolic
-ones, which a plan evaluates at every step: hence the arithmetic is handed in. `plugins.py` registers what is
-defined here.
+Sizes may be plain integers, as the tests run them in the Triton language's interpreter, or TensorRT's
+symbolic ones, which a plan evaluates at every step: hence the arithmetic is handed in. `plugins.py` registers
+what is defined here.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Operator(Protocol):
     """An operator with its attributes: dataclass fields of type int or float."""
 
     INPUTS: ClassVar[tuple[str, ...]]
+    NUM_OUTPUTS: ClassVar[int]
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """Shape and element type (MODEL or "fp32") of each output, given the inputs' shapes."""
@@ -110,6 +111,7 @@ class KvWrite:
     max_positions: int
 
     INPUTS: ClassVar[tuple[str, ...]] = ("qkv", "cos_sin", "positions", "slot_mapping", "kv_cache")
+    NUM_OUTPUTS: ClassVar[int] = 1
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """The rotated queries."""
@@ -169,6 +171,7 @@ class PagedAttend:
     tile_rows: int
 
     INPUTS: ClassVar[tuple[str, ...]] = ("query", "block_tables", "query_start_loc", "seq_lens", "kv_cache")
+    NUM_OUTPUTS: ClassVar[int] = 3
 
     @property
     def _tokens_per_tile(self) -> int:
@@ -234,9 +237,9 @@ class Linear:
 
     Inputs: x [T, k]; weight [n, k], twice as many rows when ``gated``; squares float32
     [T, k / SQUARES_WIDTH], read when ``normed``; residual [T, n] and next_norm [n], read when
-    ``adds_residual``; kv_cache, whose null block lends counters. Where an input is not read, any tensor will do.
-    Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its squares,
-    what the next normed layer reads; scratch for splits.
+    ``adds_residual``; kv_cache, whose null block lends counters. Where an input is not read, any will do.
+    Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
+    squares, what the next normed layer reads; scratch for splits.
     """
 
     k: int
@@ -254,6 +257,7 @@ class Linear:
     num_stages: int
 
     INPUTS: ClassVar[tuple[str, ...]] = ("x", "weight", "squares", "residual", "next_norm", "kv_cache")
+    NUM_OUTPUTS: ClassVar[int] = 4
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """Result, normed result, sums of squares, scratch; of size 1 what the flags leave out."""
@@ -304,7 +308,7 @@ class Linear:
         )
 
 
-OPERATORS: tuple[type[KvWrite] | type[PagedAttend] | type[Linear], ...] = (KvWrite, PagedAttend, Linear)
+OPERATORS: tuple[type[Operator], ...] = (KvWrite, PagedAttend, Linear)
 
 
 def _block_elements(operator: KvWrite | PagedAttend) -> int:

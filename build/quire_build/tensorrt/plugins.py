@@ -1,9 +1,9 @@
 """Registers the operators with TensorRT as plugins whose kernels travel in the plan.
 
-They are TensorRT's quick-deployable plugins with ahead-of-time kernels: the PTX is part of the plan, which then
-needs no shared library and no Python to run. TensorRT passes each kernel its input pointers, then integers it
-computes from the shapes, then its output pointers, and nulls for the parameters that the Triton language
-appends.
+They are TensorRT's quick-deployable plugins with ahead-of-time kernels: the PTX is part of the plan, which
+then needs no shared library and no Python to run. TensorRT passes each kernel its input pointers, then
+integers it computes from the shapes, then its output pointers, and nulls for the parameters that the Triton
+language appends.
 
 The pool is an ordinary input that `KvWrite` writes through: no output aliases it, because TensorRT may answer
 an alias with a copy. What orders the writes before the reads is that `PagedAttend` needs the queries that
@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Sequence
 from typing import Any
 
 from quire_build.tensorrt.kernels.compiled import compile_kernel
@@ -82,10 +81,40 @@ def _register(operator: type[Operator], arch: int) -> None:
 
     # TensorRT learns a plugin's inputs and attributes from the signatures of its functions.
     own = [(name, trtp.TensorDesc) for name in inputs] + [(name, attributes[name]) for name in names]
-    num_outputs = len(_output_count(operator))
-    outputs = tuple[(trtp.TensorDesc,) * num_outputs]  # type: ignore[misc]
+    outputs = tuple.__class_getitem__((trtp.TensorDesc,) * operator.NUM_OUTPUTS)
     _sign(describe, own, outputs)
     result = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
     _sign(implement, [*own, ("outputs", outputs), ("tactic", int)], result)
     trtp.register(plugin)(describe)
     trtp.aot_impl(plugin)(implement)
+
+
+def _sign(function: Any, parameters: list[tuple[str, Any]], result: Any) -> None:
+    """Give a function the signature that TensorRT is to read from it."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    function.__signature__ = inspect.Signature(
+        [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in parameters],
+        return_annotation=result,
+    )
+
+
+class _SymbolicArithmetic:
+    """`Arithmetic` on TensorRT's shape expressions."""
+
+    def constant(self, value: int) -> Any:
+        """An expression, so that it can stand left of an operator."""
+        import tensorrt.plugin as trtp
+
+        return trtp.ShapeExpr(value)
+
+    def larger(self, first: Any, second: int) -> Any:
+        """The larger of the two."""
+        import tensorrt.plugin as trtp
+
+        return trtp.max(first, second)
+
+    def ceil_div(self, first: Any, second: int) -> Any:
+        """``first / second``, rounded up."""
+        import tensorrt.plugin as trtp
+
+        return trtp.cdiv(first, second)

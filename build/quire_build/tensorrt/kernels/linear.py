@@ -2,10 +2,10 @@
 
 A decode step is a stream of weights past a few rows, and everything else should hide behind that stream. So
 RMSNorm is not a step of its own: the layer that adds to the residual stream also leaves the new rows times
-the next norm's weight, and the sums of their squares; the next layer multiplies with the former and scales its
-result by the latter, which a norm's division commutes with. Where the tiles are too few to fill the GPU, K is
-split; the program that finishes a tile last adds the splits up, always in the same order, and counts in the
-pool's null block, as `paged_attention.py` describes.
+the next norm's weight, and the sums of their squares; the next layer multiplies with the former and scales
+its result by the latter, which a norm's division commutes with. Where the tiles are too few to fill the GPU,
+K is split; the program that finishes a tile last adds the splits up, always in the same order, and counts in
+the pool's null block, as `paged_attention.py` describes.
 """
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:

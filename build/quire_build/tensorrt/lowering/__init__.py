@@ -1,0 +1,33 @@
+"""model.onnx, node by node, into the operators of `quire_build.tensorrt.operators`.
+
+One rewrite a file. They touch the structure alone, never a weight: a weight that a fused operator wants whole
+stays a Concat of the checkpoint's, for the plan builder to carry out.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from quire_build.tensorrt.lowering.attention import lower_attention
+from quire_build.tensorrt.lowering.graph import Graph
+from quire_build.tensorrt.lowering.linear import lower_linear
+from quire_build.tensorrt.lowering.norm import lower_norms
+from quire_build.tensorrt.lowering.residual import lower_residual_sums
+from quire_build.tensorrt.lowering.swiglu import lower_swiglu
+
+
+def lower(model: onnx.ModelProto) -> None:
+    """Rewrite a model.onnx of this project's in place.
+
+    Its pools, key_cache.i and value_cache.i, become the one input ``kv_cache``; their outputs go.
+
+    Raises:
+        UnsupportedModelError: naming what a plan cannot run yet.
+    """
+    graph = Graph(model)
+    lower_swiglu(graph)
+    lower_attention(graph)
+    lower_residual_sums(graph)
+    lower_linear(graph)
+    lower_norms(graph)
+    graph.finish()

@@ -1,0 +1,120 @@
+"""The projections, RoPE and PagedAttention become one linear layer, a write and an attention.
+
+The pools of all layers become one: see docs/tensorrt.md for how it is laid out.
+"""
+
+from __future__ import annotations
+
+from onnx import NodeProto, TensorProto, helper
+
+from quire.errors import UnsupportedModelError
+from quire_build.tensorrt.lowering.graph import DOMAIN, Graph, attribute
+
+POOL = "kv_cache"
+COS_SIN = "cos_sin"
+
+_ROPE = {"Reshape", "Split", "Mul", "Sub", "Add", "Concat"}
+
+
+def lower_attention(graph: Graph) -> None:
+    """Fuse every layer's attention.
+
+    Raises:
+        UnsupportedModelError: if something other than RoPE stands between a projection and its attention.
+    """
+    attentions = graph.of_type("PagedAttention")
+    for node in attentions:
+        _lower(graph, node, len(attentions))
+    graph.add("Concat", ["cosine", "sine"], [COS_SIN], axis=1)
+    _one_pool(graph)
+
+
+def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
+    query, key = _rotated(graph, node.input[0]), _rotated(graph, node.input[1])
+    value = graph.producer(node.input[2])
+    assert value is not None
+    projections = [query, key, value]
+    weights = [graph.weight_of(projection) for projection in projections]
+    num_heads, num_kv_heads = attribute(node, "num_heads"), attribute(node, "num_kv_heads")
+    pool = next(given for given in graph.model.graph.input if given.name == node.input[3])
+    block_size = pool.type.tensor_type.shape.dim[2].dim_value
+    shape = {
+        "layer": int(node.input[3].rsplit(".", 1)[1]),
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": graph.size(weights[0], 0) // num_heads,
+        "block_size": block_size,
+    }
+    output = node.output[0]
+    graph.add("Concat", weights, [f"{output}.qkv_weight"], before=node, axis=0)
+    graph.add(
+        "Linear",
+        [query.input[0], f"{output}.qkv_weight"],
+        [f"{output}.qkv"],
+        domain=DOMAIN,
+        before=node,
+        n=sum(graph.size(weight, 0) for weight in weights),
+        k=graph.size(weights[0], 1),
+    )
+    graph.add(
+        "KvWrite",
+        [f"{output}.qkv", COS_SIN, "positions", node.input[5], POOL],
+        [f"{output}.query"],
+        domain=DOMAIN,
+        before=node,
+        max_positions=graph.size("cosine", 0),
+        **shape,
+    )
+    graph.add(
+        "PagedAttend",
+        [f"{output}.query", *node.input[6:9], POOL],
+        [output],
+        domain=DOMAIN,
+        before=node,
+        window=attribute(node, "sliding_window"),
+        scale=attribute(node, "scale"),
+        **shape,
+    )
+    graph.remove([node])
+
+
+def _rotated(graph: Graph, tensor: str) -> NodeProto:
+    """The linear layer behind RoPE: the only source of `tensor` besides the tables of cosines and sines."""
+    sources: list[NodeProto] = []
+    tables: set[str] = set()
+    seen: set[str] = set()
+    waiting = [tensor]
+    while waiting:
+        name = waiting.pop()
+        node = graph.producer(name)
+        if name in seen or node is None:
+            continue
+        seen.add(name)
+        if node.op_type == "Unsqueeze":
+            (table,) = (graph.producer(node.input[0]),)
+            assert table is not None
+            tables.add(table.input[0])
+        elif node.op_type in _ROPE:
+            waiting.extend(node.input)
+        elif node not in sources:
+            sources.append(node)
+    if len(sources) != 1 or tables != {"cosine", "sine"}:
+        found = ", ".join(sorted(node.op_type for node in sources))
+        raise UnsupportedModelError(f"a plan cannot run {found} between a projection and attention yet")
+    return sources[0]
+
+
+def _one_pool(graph: Graph) -> None:
+    """Replace the layers' pools among the model's inputs, and drop them from its outputs."""
+    proto = graph.model.graph
+    for given in list(proto.input):
+        if given.name.startswith(("key_cache.", "value_cache.")):
+            element = given.type.tensor_type.elem_type
+            proto.input.remove(given)
+    for made in list(proto.output):
+        if made.name.startswith(("key_cache.", "value_cache.")):
+            proto.output.remove(made)
+            graph.outputs.discard(made.name)
+    assert element in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    proto.input.append(helper.make_tensor_value_info(POOL, element, ["pool"]))
