@@ -19,6 +19,9 @@ from onnx.reference.op_run import OpRun
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
+from tests.unit.test_tensorrt_operators import run
+
+from quire.errors import UnsupportedModelError
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig, RopeConfig
 from quire_build.export import GRAPH_FILE, export_onnx
@@ -31,9 +34,6 @@ from quire_build.tensorrt.lowering.linear import lower_linear
 from quire_build.tensorrt.lowering.norm import lower_norms
 from quire_build.tensorrt.lowering.residual import lower_residual_sums
 from quire_build.tensorrt.lowering.swiglu import lower_swiglu
-from tests.unit.test_tensorrt_operators import run
-
-from quire.errors import UnsupportedModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
 
@@ -42,11 +42,147 @@ BLOCK_SIZE, NUM_BLOCKS = 8, 12
 
 
 def config(**changes: Any) -> DecoderConfig:
-    rope = RopeConfig(**{name: default for name, default in ROPE.items()})
     values: dict[str, Any] = {
         "architecture": "LlamaForCausalLM", "vocab_size": 48, "hidden_size": 64, "intermediate_size": 80,
         "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64, "rope": rope, "tie_word_embeddings": False, "qkv_bias": False,
+        "max_position_embeddings": 64, "rope": RopeConfig(theta=10000.0), "tie_word_embeddings": False, "qkv_bias": False,
         "output_bias": False, "mlp_bias": False, "qk_norm": False, "sliding_windows": (None, 5),
     }  # fmt: skip
     return DecoderConfig(**(values | changes))
+
+
+def export(directory: Path, decoder_config: DecoderConfig) -> onnx.ModelProto:
+    torch.manual_seed(0)
+    decoder = Decoder(decoder_config, num_positions=64)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_(std=0.3 if parameter.dim() > 1 else 1.0)
+    export_onnx(decoder.eval(), decoder_config, BLOCK_SIZE, directory)
+    return onnx.load(directory / GRAPH_FILE)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+    return export(tmp_path_factory.mktemp("onnx"), config())
+
+
+class PagedAttention(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array, **attributes: Any) -> tuple[Array, ...]:
+        tensors = [torch.from_numpy(array.copy()) for array in inputs]
+        result = paged_attention_in_place(
+            *tensors, attributes["scale"], attributes["num_heads"], attributes["num_kv_heads"],
+            attributes["sliding_window"],
+        )  # fmt: skip
+        return tuple(tensor.numpy() for tensor in result)
+
+
+class KvWrite(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array, **attributes: Any) -> tuple[Array, ...]:
+        operator = operators.KvWrite(**attributes, max_blocks=NUM_BLOCKS)
+        return (run(operator, [torch.from_numpy(array) for array in inputs])[0].numpy(),)
+
+
+class PagedAttend(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array, **attributes: Any) -> tuple[Array, ...]:
+        operator = operators.PagedAttend(**attributes, max_blocks=NUM_BLOCKS, tile_rows=16)
+        return (run(operator, [torch.from_numpy(array) for array in inputs])[0].numpy(),)
+
+
+class Linear(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
+        flags = {"normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0} | attributes
+        tiles = {"splits": 2, "block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}
+        given = [None if array is None else torch.from_numpy(array) for array in inputs]
+        given += [None] * (5 - len(given))
+        assert given[0] is not None
+        pool, fill = torch.zeros(512), given[0]
+        outputs = run(operators.Linear(**flags, **tiles), [*(fill if t is None else t for t in given), pool])
+        return tuple(tensor.numpy() for tensor in outputs[: len(self.onnx_node.output)])
+
+
+OPERATORS = [PagedAttention, KvWrite, PagedAttend, Linear]
+
+
+def step() -> dict[str, Array]:
+    """A decode row and two chunks over random caches, block by block."""
+    rng = np.random.default_rng(0)
+    query_lens, seq_lens = np.array([1, 4, 3]), np.array([18, 4, 11])
+    tables = np.array([[3, 7, 1], [5, 0, 0], [2, 9, 0]])
+    positions = np.concatenate([np.arange(s - q, s) for q, s in zip(query_lens, seq_lens, strict=True)])
+    row = np.repeat(np.arange(3), query_lens)
+    slots = tables[row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    integers = {
+        "input_ids": rng.integers(0, 48, 8), "positions": positions, "slot_mapping": slots,
+        "block_tables": tables, "query_start_loc": [0, 1, 5, 8], "seq_lens": seq_lens,
+        "logits_indices": [0, 4, 7],
+    }  # fmt: skip
+    inputs = {name: np.asarray(value, dtype=np.int32) for name, value in integers.items()}
+    pool = rng.standard_normal((NUM_BLOCKS, 2, 2, 2, BLOCK_SIZE, 16)).astype(np.float32)
+    pool[0] = 0.0
+    for layer in range(2):
+        inputs[f"key_cache.{layer}"], inputs[f"value_cache.{layer}"] = pool[:, layer, 0], pool[:, layer, 1]
+    inputs["kv_cache"] = pool
+    return inputs
+
+
+def logits(model: onnx.ModelProto) -> Array:
+    inputs = step()
+    pool = inputs["kv_cache"]
+    given = {i.name: np.ascontiguousarray(inputs[i.name]) for i in model.graph.input}
+    if "kv_cache" in given:
+        pool.reshape(-1).view(np.int64)[0] = NUM_BLOCKS
+        given["kv_cache"] = pool
+    evaluator = ReferenceEvaluator(model, new_ops=OPERATORS)
+    return np.asarray(evaluator.run(["logits"], given)[0])
+
+
+REWRITES: dict[str, tuple[Callable[[Graph], None], ...]] = {
+    "swiglu": (lower_swiglu,),
+    "attention": (lower_attention,),
+    "residual": (lower_residual_sums,),
+    "linear": (lower_linear,),
+    "norm": (lower_swiglu, lower_attention, lower_residual_sums, lower_linear, lower_norms),
+}
+
+
+@pytest.mark.parametrize("name", REWRITES)
+def test_rewrite_keeps_the_logits(model: onnx.ModelProto, name: str) -> None:
+    rewritten = copy.deepcopy(model)
+    graph = Graph(rewritten)
+    for rewrite in REWRITES[name]:
+        rewrite(graph)
+    graph.finish()
+    expected = logits(model)
+    assert float(np.abs(expected).max()) > 0.5
+    np.testing.assert_allclose(logits(rewritten), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_lowered_graph_has_six_operators_a_layer_and_one_pool(model: onnx.ModelProto) -> None:
+    lowered = copy.deepcopy(model)
+    lower(lowered)
+    own = [node.op_type for node in lowered.graph.node if node.domain == "quire"]
+    assert own == ["Linear", "KvWrite", "PagedAttend", "Linear", "Linear", "Linear"] * 2 + ["Linear"]
+    assert {node.op_type for node in lowered.graph.node if node.domain == ""} <= {
+        "Gather", "Concat", "Mul", "Reshape", "ReduceSum", "Cast",
+    }  # fmt: skip
+    assert [given.name for given in lowered.graph.input if "cache" in given.name] == ["kv_cache"]
+    assert [made.name for made in lowered.graph.output] == ["logits"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"qkv_bias": True}, "biases"), ({"qk_norm": True}, "RMSNormalization between a projection")],
+)
+def test_what_a_plan_cannot_run_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        lower(export(tmp_path, config(num_layers=1, sliding_windows=(None,), **changes)))
