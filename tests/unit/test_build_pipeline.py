@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 
 from quire.errors import BuildError, CheckpointError, NumericsGateError, UnsupportedModelError
 from quire.execution.manifest import read_manifest, verify_files
+from quire.interface import EnginePlacement
 from quire_build import export
 from quire_build.decoder import Decoder
 from quire_build.pipeline import BuildResult, build
@@ -157,6 +158,22 @@ def test_a_damaged_repository_does_not_count_as_up_to_date(
     monkeypatch.setattr(export, "export_onnx", start)
     with pytest.raises(BuildStartedError):
         build(built[0], published)
+
+
+def test_an_engine_in_process_is_the_same_files_with_the_scheduler(
+    built: tuple[Path, BuildResult], published: Path
+) -> None:
+    checkpoint, hosted = built
+    result = build(checkpoint, published, engine=EnginePlacement.IN_PROCESS)
+    assert not result.was_up_to_date
+    assert {path.name for path in published.iterdir()} == {"llm", "scheduler"}
+    ours, theirs = published / "scheduler" / "1", hosted.repository / "engine" / "1"
+    assert read_manifest(ours) == read_manifest(theirs)
+    verify_files(result.manifest, ours)
+    assert build(checkpoint, published, engine=EnginePlacement.IN_PROCESS).was_up_to_date
+    assert not build(checkpoint, published).was_up_to_date
+    assert {path.name for path in published.iterdir()} == {"llm", "scheduler", "engine"}
+    assert _contents(published) == _contents(hosted.repository)
 
 
 def test_an_engine_that_computes_something_else_is_not_published(

@@ -56,8 +56,22 @@ def test_generate_without_a_server_says_so_in_one_line() -> None:
         url = f"127.0.0.1:{unused.getsockname()[1]}"
         result = runner.invoke(app, ["generate", "hello", "--url", url, "--timeout", "20"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith("error: the server cannot be reached; is it running at this address?")
+    assert url in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused_in_one_line() -> None:
+    result = runner.invoke(app, ["generate", "caf\udce9"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: text_input cannot be sent as UTF-8: its character 3 ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_wrong_value_is_reported_with_its_option() -> None:
+    result = runner.invoke(app, ["serve", "x", "--kv-cache-bytes", "lots"])
+    assert "--kv-cache-bytes" in result.stderr
+    assert "not a size such as 512MiB" in result.stderr
 
 
 def test_version_is_printed() -> None:

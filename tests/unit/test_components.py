@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from tests.unit import tiny_engine
 from tests.unit.triton_stand_in import IncomingRequest, InferenceResponse, StandIn, TritonError, inside_triton
 
-from quire.errors import SettingsError
+from quire.errors import ManifestError, SettingsError
 from quire.execution.model_inputs import ModelInputs
 from quire.execution.openvino import OpenVINOEngine
-from quire.interface import ENGINE_OUTPUTS, STEP_INPUTS
+from quire.interface import ENGINE_OUTPUTS, STEP_INPUTS, EnginePlacement
 from quire.serving.component import ComponentArguments
 
 PATIENCE_S = 30
@@ -31,10 +32,13 @@ POOL_BLOCKS = 12
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repository = tmp_path_factory.mktemp("repository")
-    engine_dir = repository / "engine" / "1"
+    write_engine(repository / "engine" / "1")
+    return repository
+
+
+def write_engine(engine_dir: Path) -> None:
     engine_dir.mkdir(parents=True)
     tiny_engine.write_engine(engine_dir)
-    return repository
 
 
 @pytest.fixture
@@ -46,8 +50,14 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def arguments(repository: Path, model_name: str, **parameters: int) -> ComponentArguments:
-    chosen = {"kv_cache_bytes": POOL_BLOCKS * tiny_engine.KV_BYTES_PER_BLOCK, "threads": 1} | parameters
+def arguments(
+    repository: Path,
+    model_name: str,
+    engine: EnginePlacement = EnginePlacement.HOSTED,
+    **parameters: int,
+) -> ComponentArguments:
+    chosen: dict[str, object] = {"kv_cache_bytes": POOL_BLOCKS * tiny_engine.KV_BYTES_PER_BLOCK, "threads": 1}
+    chosen |= parameters | {"engine": engine}
     config = {"parameters": {name: {"string_value": str(value)} for name, value in chosen.items()}}
     return ComponentArguments.parse(
         {
@@ -184,6 +194,45 @@ def scheduler(
         yield triton, component
         component.finalize()
         assert list(runtime_dir.iterdir()) == []
+
+
+def test_an_engine_in_process_is_ready_when_the_scheduler_is_and_nobody_else_is_told(
+    tmp_path: Path, runtime_dir: Path
+) -> None:
+    write_engine(tmp_path / "scheduler" / "1")
+    names = ("scheduler.component", "scheduler.triton_executor", "scheduler.metrics")
+    with inside_triton(*names) as (_, [module, *_]):
+        component = module.SchedulerComponent(arguments(tmp_path, "scheduler", EnginePlacement.IN_PROCESS))
+        try:
+            [folder] = runtime_dir.iterdir()
+            assert not (folder / "engine").exists()
+            assert blocks_of(component, runtime_dir) == POOL_BLOCKS - 1
+        finally:
+            component.finalize()
+
+
+def test_a_damaged_engine_in_process_keeps_the_server_from_starting(
+    tmp_path: Path, runtime_dir: Path
+) -> None:
+    write_engine(tmp_path / "scheduler" / "1")
+    (tmp_path / "scheduler" / "1" / "model.onnx").write_bytes(b"something else")
+    names = ("scheduler.component", "scheduler.triton_executor", "scheduler.metrics")
+    with (
+        inside_triton(*names) as (_, [module, *_]),
+        pytest.raises(ManifestError, match=r"model\.onnx has changed"),
+    ):
+        module.SchedulerComponent(arguments(tmp_path, "scheduler", EnginePlacement.IN_PROCESS))
+
+
+def blocks_of(component: Any, runtime_dir: Path) -> int:
+    """Blocks of the pool that the scheduler works with, once its loop has asked for them."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        answer = only_answer(component, command("statistics", key_of(runtime_dir))).arrays()["answer"]
+        if blocks := msgspec.json.decode(answer[0])["blocks"]:
+            return int(blocks)
+        time.sleep(0.01)
+    raise AssertionError("the loop has not asked the engine for its pool")
 
 
 def command(text: str, key: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -63,3 +63,13 @@ def test_the_report_shows_every_finding_and_repeats_the_remedies() -> None:
     show([Finding("good", "1.0"), Finding("bad", "0.1", "do [this]")], Console(file=output, width=80))
     lines = [line.rstrip() for line in output.getvalue().splitlines()]
     assert lines == ["✓  good  1.0", "✗  bad   0.1", "bad: do [this]"]
+
+
+def test_the_report_ends_with_a_verdict_and_breaks_no_path() -> None:
+    output = io.StringIO()
+    path = "/a/long/path" * 10
+    show([Finding("[server]", path)], Console(file=output, width=40))
+    assert output.getvalue().splitlines() == [
+        f"✓  [server]  {path}",
+        "Everything that serving needs is here and fits together.",
+    ]

@@ -25,9 +25,17 @@ from quire.execution.manifest import (
     ModelDimensions,
     write_manifest,
 )
+from quire.interface import EnginePlacement
 from quire.launcher import installation
 from quire.launcher.installation import STUB_NAME, TritonInstallation, backend_directory, find_triton
-from quire.launcher.plan import Endpoints, LaunchOptions, check_shared_memory, plan_launch
+from quire.launcher.plan import (
+    Endpoints,
+    LaunchOptions,
+    ModelRepository,
+    check_repository,
+    check_shared_memory,
+    plan_launch,
+)
 from quire.settings import ServingSettings
 
 MANIFEST = Manifest(
@@ -56,13 +64,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A repository as far as the launcher looks at it."""
-    root = tmp_path / "repository"
-    for name in ("llm", "scheduler", "engine"):
+    return write_repository(tmp_path / "repository", EnginePlacement.HOSTED)
+
+
+def write_repository(root: Path, engine: EnginePlacement) -> Path:
+    for name in engine.models:
         (root / name / "1").mkdir(parents=True)
         config = ModelConfig(name=name, backend="quire")
         config.parameters["max_queued_requests"].string_value = "7"
+        config.parameters["engine"].string_value = engine
         (root / name / "config.pbtxt").write_text(text_format.MessageToString(config))
-    write_manifest(MANIFEST, root / "engine" / "1")
+    write_manifest(MANIFEST, root / engine.engine_owner / "1")
     return root
 
 
@@ -143,6 +155,20 @@ def test_a_folder_that_is_no_repository_is_refused_with_the_way_to_make_one(tmp_
         plan_launch(LaunchOptions(tmp_path))
 
 
+@pytest.mark.parametrize("engine", EnginePlacement)
+def test_a_repository_is_whole_only_with_the_models_that_its_engine_needs(
+    tmp_path: Path, engine: EnginePlacement
+) -> None:
+    root = write_repository(tmp_path / "repository", engine)
+    repository = check_repository(root)
+    assert (repository.engine, repository.manifest) == (engine, MANIFEST)
+    for model in engine.models:
+        (root / model).rename(tmp_path / model)
+        with pytest.raises(StartupError, match=rf"{model}/config\.pbtxt is missing"):
+            check_repository(root)
+        (tmp_path / model).rename(root / model)
+
+
 def test_a_corrupt_manifest_is_refused(repository: Path) -> None:
     (repository / "engine" / "1" / "engine.json").write_text('{"version": 1')
     with pytest.raises(ManifestError, match=r"engine\.json is damaged"):
@@ -158,9 +184,13 @@ def test_a_corrupt_config_is_refused(repository: Path) -> None:
 def test_too_little_shared_memory_is_refused_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage("/"))(64 << 20, 0, 64 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    check_shared_memory(MANIFEST, ServingSettings(max_num_seqs=256))
+    hosted = ModelRepository(MANIFEST, EnginePlacement.HOSTED, {})
+    check_shared_memory(hosted, ServingSettings(max_num_seqs=256))
     with pytest.raises(StartupError, match=r"64 MiB free and serving needs \d+ MiB"):
-        check_shared_memory(MANIFEST, ServingSettings(max_num_seqs=65536))
+        check_shared_memory(hosted, ServingSettings(max_num_seqs=65536))
+    # Logits of an engine in the scheduler's process never leave it.
+    in_process = ModelRepository(MANIFEST, EnginePlacement.IN_PROCESS, {})
+    check_shared_memory(in_process, ServingSettings(max_num_seqs=65536))
 
 
 @pytest.mark.parametrize(

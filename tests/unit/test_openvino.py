@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,48 @@ def test_greedy_tokens_are_those_of_each_prompt_alone(
             tokens[int(output.request.request_id)].append(output.token_id)
     assert (core.scheduler.statistics.num_preemptions > 0) == preempts
     assert tokens == [greedy_reference(tuple(prompt), 64) for prompt in prompts]
+
+
+class SlowRequest:
+    """OpenVINO's side of a step that does not end by itself."""
+
+    def __init__(self) -> None:
+        self._cancelled = threading.Event()
+
+    def set_tensor(self, name: str, tensor: object) -> None: ...
+
+    def start_async(self) -> None: ...
+
+    def wait_for(self, timeout_ms: int) -> bool:
+        if self._cancelled.wait(timeout_ms / 1000):
+            raise RuntimeError("Infer Request was canceled")
+        return False
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+def test_closing_the_executor_ends_the_step_under_way(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(engine_dir)
+    executor = OpenVINOExecutor(engine)
+    monkeypatch.setattr(engine, "_request", SlowRequest())
+    under_way = executor.submit(step([([1, 2, 3], 0)], [[1]]))
+    executor.close()
+    with pytest.raises(EngineStepError, match="canceled"):
+        under_way.result(60)
+
+
+def test_an_engine_whose_step_was_interrupted_computes_the_next(engine_dir: Path) -> None:
+    engine = load(engine_dir)
+    inputs = step([([1, 2, 3], 0)], [[1]])
+    expected = engine.run(inputs).copy()
+    engine.start(inputs)
+    engine.cancel()
+    with contextlib.suppress(EngineStepError):
+        engine.wait()
+    np.testing.assert_array_equal(engine.run(inputs), expected)
 
 
 @functools.cache

@@ -72,6 +72,13 @@ def test_a_running_servers_warnings_errors_and_prints_go_through_and_nothing_els
     assert [line[-10:] for line in lines] == ['watch out"', " component"]
 
 
+def test_while_models_load_only_the_engines_own_lines_go_through() -> None:
+    pool = "2026-11-23 21:41:22,549 INFO quire.execution.openvino: KV pool of 6552 blocks"
+    others = "2026-11-23 21:41:22,278 INFO quire.serving.channel: frontend 21098 connected\nprinted\n"
+    _, lines, _ = read(NO_GPU + TABLE + others + pool + "\n")
+    assert lines == [pool]
+
+
 def test_verbose_lets_everything_through_even_while_loading() -> None:
     _, lines, _ = read(NO_GPU + TABLE, verbose=True)
     assert "\n".join(lines) + "\n" == NO_GPU + TABLE

@@ -98,7 +98,8 @@ class KvWrite:
     """Rotate a step's queries and keys, put keys and values into the pool, pass the queries on.
 
     Inputs: qkv [T, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin float32 [max_positions, head_dim];
-    positions, slot_mapping int32 [T]; kv_cache, the pool. Output: [T, num_heads, head_dim].
+    positions, slot_mapping int32 [T]; head_norms [2, head_dim], weights of RMSNorms over each query head and
+    each key head, read when ``head_normed``; kv_cache, the pool. Output: [T, num_heads, head_dim].
     """
 
     layer: int
@@ -109,8 +110,17 @@ class KvWrite:
     block_size: int
     max_blocks: int
     max_positions: int
+    head_normed: int
+    epsilon: float
 
-    INPUTS: ClassVar[tuple[str, ...]] = ("qkv", "cos_sin", "positions", "slot_mapping", "kv_cache")
+    INPUTS: ClassVar[tuple[str, ...]] = (
+        "qkv",
+        "cos_sin",
+        "positions",
+        "slot_mapping",
+        "head_norms",
+        "kv_cache",
+    )
     NUM_OUTPUTS: ClassVar[int] = 1
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
@@ -128,6 +138,7 @@ class KvWrite:
                 "cos_sin": "*fp32",
                 "positions": "*i32",
                 "slot_mapping": "*i32",
+                "head_norms": f"*{MODEL}",
                 "kv_cache": f"*{MODEL}",
                 "layer": "i32",
                 "query": f"*{MODEL}",
@@ -142,6 +153,8 @@ class KvWrite:
                 "MAX_BLOCKS": self.max_blocks,
                 "MAX_POSITIONS": self.max_positions,
                 "HEADS_PER_PROGRAM": heads_per_program,
+                "HEAD_NORM": bool(self.head_normed),
+                "EPSILON": self.epsilon,
             },
             grid=(shapes[0][0], -(-heads // heads_per_program)),
             integers=(self.layer,),
@@ -237,9 +250,11 @@ class Linear:
 
     Inputs: x [T, k]; weight [n, k], twice as many rows when ``gated``; squares float32
     [T, k / SQUARES_WIDTH], read when ``normed``; residual [T, n] and next_norm [n], read when
-    ``adds_residual``; kv_cache, whose null block lends counters. Where an input is not read, any will do.
+    ``adds_residual``; bias, as many as weight has rows, read when ``biased``; kv_cache, whose null block
+    lends counters. Where an input is not read, any will do.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
-    squares, what the next normed layer reads; scratch for splits.
+    squares, what the next normed layer reads; scratch for splits. More than one split is right only where T
+    is at most ``block_m``.
     """
 
     k: int
@@ -248,6 +263,7 @@ class Linear:
     epsilon: float
     gated: int
     adds_residual: int
+    biased: int
     wide_output: int
     splits: int
     block_m: int
@@ -256,7 +272,15 @@ class Linear:
     num_warps: int
     num_stages: int
 
-    INPUTS: ClassVar[tuple[str, ...]] = ("x", "weight", "squares", "residual", "next_norm", "kv_cache")
+    INPUTS: ClassVar[tuple[str, ...]] = (
+        "x",
+        "weight",
+        "squares",
+        "residual",
+        "next_norm",
+        "bias",
+        "kv_cache",
+    )
     NUM_OUTPUTS: ClassVar[int] = 4
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
@@ -282,6 +306,7 @@ class Linear:
                 "squares": "*fp32",
                 "residual": f"*{MODEL}",
                 "next_norm": f"*{MODEL}",
+                "bias": f"*{MODEL}",
                 "kv_cache": f"*{MODEL}",
                 "num_rows": "i32",
                 "out": "*fp32" if self.wide_output else f"*{MODEL}",
@@ -296,6 +321,7 @@ class Linear:
                 "EPSILON": self.epsilon,
                 "GATED": bool(self.gated),
                 "RESIDUAL": bool(self.adds_residual),
+                "BIAS": bool(self.biased),
                 "SPLITS": self.splits,
                 "BLOCK_M": self.block_m,
                 "BLOCK_N": self.block_n,

@@ -1,4 +1,4 @@
-"""Rotate queries and keys by their positions and put keys and values where the step's slots say."""
+"""Norm and rotate queries and keys, put keys and values where the step's slots say."""
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
 # ruff: noqa: N803, N806
@@ -16,6 +16,7 @@ def kv_write(
     cos_sin,
     positions,
     slot_mapping,
+    head_norms,
     kv_cache,
     layer,
     query,
@@ -28,6 +29,8 @@ def kv_write(
     MAX_BLOCKS: tl.constexpr,
     MAX_POSITIONS: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
+    HEAD_NORM: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):
     """Apply RoPE (halves, as in Hugging Face's LLaMA) and write K and V of one layer into the pool.
 
@@ -41,6 +44,8 @@ def kv_write(
         cos_sin: float32 [MAX_POSITIONS, HEAD_DIM], cosines of the HEAD_DIM / 2 frequencies, then sines.
         positions: int32 [T].
         slot_mapping: int32 [T], block * BLOCK_SIZE + offset.
+        head_norms: [2, HEAD_DIM], weights of the RMSNorm of each query head and of each key head; not read
+            unless HEAD_NORM.
         kv_cache: the pool, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM].
         layer: which layer's K and V to write.
         query: out, [T, NUM_HEADS, HEAD_DIM], rotated.
@@ -59,10 +64,19 @@ def kv_write(
     low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
 
+    is_value = (head >= KEYS_END)[:, None]
+    if HEAD_NORM:
+        mean_square = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM
+        scale = tl.where(is_value, 1.0, tl.rsqrt(mean_square + EPSILON)[:, None])
+        gain = head_norms + tl.where(head < NUM_HEADS, 0, HEAD_DIM)[:, None] + dim[None, :]
+        low = low * scale * tl.where(is_value, 1.0, tl.load(gain, mask=mask, other=0.0).to(tl.float32))
+        high = (
+            high * scale * tl.where(is_value, 1.0, tl.load(gain + HALF, mask=mask, other=0.0).to(tl.float32))
+        )
+
     position = tl.minimum(tl.maximum(tl.load(positions + token), 0), MAX_POSITIONS - 1)
     cos = tl.load(cos_sin + position * HEAD_DIM + dim, mask=dim < HALF, other=1.0)
     sin = tl.load(cos_sin + position * HEAD_DIM + HALF + dim, mask=dim < HALF, other=0.0)
-    is_value = (head >= KEYS_END)[:, None]
     rotated_low = tl.where(is_value, low, low * cos[None, :] - high * sin[None, :])
     rotated_high = tl.where(is_value, high, high * cos[None, :] + low * sin[None, :])
 

@@ -30,6 +30,7 @@ def linear(
     squares,
     residual,
     next_norm,
+    bias,
     kv_cache,
     num_rows,
     out,
@@ -42,6 +43,7 @@ def linear(
     EPSILON: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,6 +60,7 @@ def linear(
             not read unless NORMED.
         residual: [num_rows, N], added to the result; not read unless RESIDUAL.
         next_norm: [N], weight of the norm that follows; not read unless RESIDUAL.
+        bias: [N], or [2 * N] when GATED; not read unless BIAS.
         kv_cache: the pool; its null block lends the counters.
         out: out, [num_rows, N]: silu(gate) * up when GATED.
         normed: out when RESIDUAL, [num_rows, N], ``out`` times ``next_norm``.
@@ -136,6 +139,10 @@ def linear(
         scale = tl.rsqrt(total / K + EPSILON)[:, None]
         acc = acc * scale
         up = up * scale
+    if BIAS:
+        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias + N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * up
     target = row.to(tl.int64)[:, None] * N + n[None, :]

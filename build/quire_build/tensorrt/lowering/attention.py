@@ -30,7 +30,7 @@ def lower_attention(graph: Graph) -> None:
 
 
 def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
-    query, key = _rotated(graph, node.input[0]), _rotated(graph, node.input[1])
+    (query, query_norm), (key, key_norm) = (_projected(graph, name) for name in node.input[:2])
     value = graph.producer(node.input[2])
     assert value is not None
     projections = [query, key, value]
@@ -48,22 +48,31 @@ def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
     }
     output = node.output[0]
     graph.add("Concat", weights, [f"{output}.qkv_weight"], before=node, axis=0)
+    bias = graph.bias_of(projections, f"{output}.qkv_bias")
+    head_norms, epsilon = "", 0.0
+    if query_norm is not None and key_norm is not None:
+        head_norms, epsilon = f"{output}.head_norms", attribute(query_norm, "epsilon")
+        graph.add("Concat", [query_norm.input[1], key_norm.input[1]], [head_norms], axis=0)
+        graph.remove([query_norm, key_norm])
     graph.add(
         "Linear",
-        [query.input[0], f"{output}.qkv_weight"],
+        [query.input[0], f"{output}.qkv_weight", "", "", "", bias],
         [f"{output}.qkv"],
         domain=DOMAIN,
         before=node,
         n=sum(graph.size(weight, 0) for weight in weights),
         k=graph.size(weights[0], 1),
+        biased=int(bool(bias)),
     )
     graph.add(
         "KvWrite",
-        [f"{output}.qkv", COS_SIN, "positions", node.input[5], POOL],
+        [f"{output}.qkv", COS_SIN, "positions", node.input[5], head_norms, POOL],
         [f"{output}.query"],
         domain=DOMAIN,
         before=node,
         max_positions=graph.size("cosine", 0),
+        head_normed=int(bool(head_norms)),
+        epsilon=epsilon,
         **shape,
     )
     graph.add(
@@ -79,8 +88,22 @@ def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
     graph.remove([node])
 
 
+def _projected(graph: Graph, tensor: str) -> tuple[NodeProto, NodeProto | None]:
+    """The linear layer that a rotated tensor comes from, and the norm of its heads, if there is one."""
+    source = _rotated(graph, tensor)
+    if source.op_type == "Gemm":
+        return source, None
+    reshape = graph.producer(source.input[0])
+    layer = None if reshape is None else graph.producer(reshape.input[0])
+    if layer is None or layer.op_type != "Gemm":
+        raise UnsupportedModelError(
+            f"a plan cannot run the norm '{source.name}' of anything but a projection"
+        )
+    return layer, source
+
+
 def _rotated(graph: Graph, tensor: str) -> NodeProto:
-    """The linear layer behind RoPE: the only source of `tensor` besides the tables of cosines and sines."""
+    """What RoPE rotates: the only source of `tensor` besides the tables of cosines and sines."""
     sources: list[NodeProto] = []
     tables: set[str] = set()
     seen: set[str] = set()
@@ -99,8 +122,8 @@ def _rotated(graph: Graph, tensor: str) -> NodeProto:
             waiting.extend(node.input)
         elif node not in sources:
             sources.append(node)
-    if len(sources) != 1 or tables != {"cosine", "sine"}:
-        found = ", ".join(sorted(node.op_type for node in sources))
+    found = ", ".join(sorted(node.op_type for node in sources))
+    if found not in ("Gemm", "RMSNormalization") or tables != {"cosine", "sine"}:
         raise UnsupportedModelError(f"a plan cannot run {found} between a projection and attention yet")
     return sources[0]
 

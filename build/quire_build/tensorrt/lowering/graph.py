@@ -58,13 +58,27 @@ class Graph:
         """The weight [n, k] of a plain linear layer.
 
         Raises:
-            UnsupportedModelError: if the layer has a bias, or is no such layer.
+            UnsupportedModelError: if it is no such layer.
         """
         if gemm.op_type != "Gemm" or attribute(gemm, "transB", 0) != 1:
             raise UnsupportedModelError(f"a plan cannot run {gemm.op_type} '{gemm.name}' as a linear layer")
-        if len(gemm.input) > 2:
-            raise UnsupportedModelError(f"a plan cannot run biases yet, and '{gemm.input[2]}' is one")
         return str(gemm.input[1])
+
+    def bias_of(self, layers: Sequence[NodeProto], stack: str) -> str:
+        """The biases of linear layers, one after another under the name `stack`; empty if none has any.
+
+        Raises:
+            UnsupportedModelError: if some have a bias and some have none.
+        """
+        biases = [str(layer.input[2]) for layer in layers if len(layer.input) > 2]
+        if not biases:
+            return ""
+        if len(biases) != len(layers):
+            raise UnsupportedModelError(f"a plan cannot run {biases} while layers beside have no bias")
+        if len(biases) == 1:
+            return biases[0]
+        self.add("Concat", biases, [stack], axis=0)
+        return stack
 
     def size(self, weight: str, axis: int) -> int:
         """A dimension of a weight, or of a Concat of weights along axis 0."""

@@ -7,7 +7,7 @@ layers behind the norm read these and divide by the root mean square afterwards.
 from __future__ import annotations
 
 import numpy as np
-from onnx import NodeProto, numpy_helper
+from onnx import NodeProto, TensorProto, numpy_helper
 
 from quire.errors import UnsupportedModelError
 from quire_build.tensorrt.kernels.linear import SQUARES_WIDTH
@@ -30,11 +30,9 @@ def lower_norms(graph: Graph) -> None:
         for reader in graph.readers(norm.output[0]):
             if reader.op_type != "Linear" or reader.input[0] != norm.output[0]:
                 raise UnsupportedModelError(f"a plan cannot run {reader.op_type} behind a norm yet")
-            inputs = [*reader.input, "", ""][: max(len(reader.input), 3)]
-            inputs[0], inputs[2] = normed, squares
             graph.add(
                 "Linear",
-                inputs,
+                [normed, reader.input[1], squares, *reader.input[3:]],
                 list(reader.output),
                 domain=reader.domain,
                 before=reader,
@@ -54,7 +52,7 @@ def _split(graph: Graph, rows: str, norm: NodeProto) -> tuple[str, str]:
     if maker is not None and maker.op_type == "Linear" and attribute(maker, "adds_residual"):
         graph.add(
             "Linear",
-            [*maker.input, weight],
+            [*maker.input[:4], weight, *maker.input[5:]],
             [rows, normed, squares],
             domain=maker.domain,
             before=maker,
@@ -72,7 +70,8 @@ def _split(graph: Graph, rows: str, norm: NodeProto) -> tuple[str, str]:
         shape = _integers(graph, f"{rows}.squares_shape", [0, size // width, width])
         axis = _integers(graph, f"{rows}.squares_axis", [2])
         graph.add("Mul", [rows, weight], [normed], before=norm)
-        graph.add("Mul", [rows, rows], [f"{rows}.square"], before=norm)
+        graph.add("Cast", [rows], [f"{rows}.wide"], before=norm, to=TensorProto.FLOAT)
+        graph.add("Mul", [f"{rows}.wide", f"{rows}.wide"], [f"{rows}.square"], before=norm)
         graph.add("Reshape", [f"{rows}.square", shape], [f"{rows}.parts"], before=norm)
         graph.add("ReduceSum", [f"{rows}.parts", axis], [squares], before=norm, keepdims=0)
     return normed, squares

@@ -14,13 +14,15 @@ def lower_residual_sums(graph: Graph) -> None:
             continue
         residual = next(name for name in add.input if name != linear.output[0])
         weight = graph.weight_of(linear)
+        bias = graph.bias_of([linear], "")
         graph.add(
             "Linear",
-            [linear.input[0], weight, "", residual],
+            [linear.input[0], weight, "", residual, "", bias],
             [add.output[0]],
             domain=DOMAIN,
             before=add,
             adds_residual=1,
+            biased=int(bool(bias)),
             n=graph.size(weight, 0),
             k=graph.size(weight, 1),
         )

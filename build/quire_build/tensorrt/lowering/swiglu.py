@@ -17,13 +17,15 @@ def lower_swiglu(graph: Graph) -> None:
         assert up is not None
         weight = f"{product.output[0]}.gate_up"
         graph.add("Concat", [graph.weight_of(gate), graph.weight_of(up)], [weight], before=gate, axis=0)
+        bias = graph.bias_of([gate, up], f"{product.output[0]}.gate_up_bias")
         graph.add(
             "Linear",
-            [gate.input[0], weight],
+            [gate.input[0], weight, "", "", "", bias],
             [product.output[0]],
             domain=DOMAIN,
             before=product,
             gated=1,
+            biased=int(bool(bias)),
             n=graph.size(graph.weight_of(gate), 0),
             k=graph.size(graph.weight_of(gate), 1),
         )

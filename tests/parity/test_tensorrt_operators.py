@@ -75,7 +75,10 @@ def test_write_and_attend_are_rope_and_paged_attention(tile_rows: int) -> None:
 
     layout = (layer, layers, heads, kv_heads, head_dim, block_size, num_blocks)
     table = torch.cat([cosine, sine], dim=1)
-    (rotated,) = run(KvWrite(*layout, max_positions=64), [qkv, table, positions, slots, pool])
+    (rotated,) = run(
+        KvWrite(*layout, max_positions=64, head_normed=0, epsilon=0.0),
+        [qkv, table, positions, slots, qkv, pool],
+    )
     torch.testing.assert_close(rotated.flatten(1), query, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(pool[1:], expected_pool[1:], atol=1e-6, rtol=1e-5)
     attend = PagedAttend(*layout, window=0, scale=0.3, tile_rows=tile_rows)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,6 +249,7 @@ def run_kv_write(
         table,
         step.positions,
         step.slots(layout.block_size),
+        table,
         step.pool,
         layer,
         query,
@@ -260,6 +262,8 @@ def run_kv_write(
         MAX_BLOCKS=1 << 20,
         MAX_POSITIONS=table.shape[0],
         HEADS_PER_PROGRAM=4,
+        HEAD_NORM=False,
+        EPSILON=0.0,
     )
     return query
 
@@ -307,13 +311,14 @@ from quire_build.tensorrt.kernels.paged_attention import paged_attention
 
 shape = dict(HEAD_DIM=128, NUM_KV_HEADS=8, BLOCK_SIZE=16, BLOCK_ELEMENTS=1 << 20, MAX_BLOCKS=1 << 16)
 kernels = [
-    (kv_write, "*bf16 *fp32 *i32 *i32 *bf16 i32 *bf16",
-     dict(shape, HALF_PADDED=64, NUM_HEADS=32, MAX_POSITIONS=8192, HEADS_PER_PROGRAM=16)),
+    (kv_write, "*bf16 *fp32 *i32 *i32 *bf16 *bf16 i32 *bf16",
+     dict(shape, HALF_PADDED=64, NUM_HEADS=32, MAX_POSITIONS=8192, HEADS_PER_PROGRAM=16, HEAD_NORM=True,
+          EPSILON=1e-6)),
     (paged_attention, "*bf16 *i32 *i32 *i32 *bf16 i32 i32 i32 i32 *bf16 *fp32 *fp32",
      dict(shape, HEAD_DIM_PADDED=128, GROUP=4, WINDOW=0, SCALE_LOG2=0.1, BLOCK_M=16, BLOCK_N=64)),
-    (linear, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 i32 *bf16 *bf16 *fp32 *fp32",
-     dict(K=4096, N=4096, NORMED=False, EPSILON=1e-5, GATED=False, RESIDUAL=True, SPLITS=2, BLOCK_M=16,
-          BLOCK_N=32, BLOCK_K=128)),
+    (linear, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 *bf16 i32 *bf16 *bf16 *fp32 *fp32",
+     dict(K=4096, N=4096, NORMED=False, EPSILON=1e-5, GATED=False, RESIDUAL=True, BIAS=True, SPLITS=2,
+          BLOCK_M=16, BLOCK_N=32, BLOCK_K=128)),
 ]
 for arch in (80, 89, 90):
     for kernel, types, constants in kernels:
@@ -351,20 +356,21 @@ def test_linear_layers_chain_through_a_norm() -> None:
     norm, gate_up = 1.0 + 0.1 * random(hidden), random(2 * ffn, hidden)
     stream = x @ weight.T + residual
     behind_norm = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-5) * norm
-    gate, up = (behind_norm @ gate_up.T).chunk(2, dim=-1)
+    biases = random(2 * ffn)
+    gate, up = (behind_norm @ gate_up.T + biases).chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * up
     for splits in (1, 2, 4):
         out, normed, squares = nan(rows, hidden), nan(rows, hidden), nan(rows, hidden // 32)
-        common = {"EPSILON": 1e-5, "SPLITS": splits, "BLOCK_M": 16, "BLOCK_K": 16}
+        common: dict[str, Any] = {"EPSILON": 1e-5, "SPLITS": splits, "BLOCK_M": 16, "BLOCK_K": 16}
         linear[(2, 1, splits)](
-            x, weight, x, residual, norm, pool, rows, out, normed, squares, nan(splits, 16, hidden),
-            K=inner, N=hidden, NORMED=False, GATED=False, RESIDUAL=True, BLOCK_N=32, **common,
+            x, weight, x, residual, norm, x, pool, rows, out, normed, squares, nan(splits, 16, hidden),
+            K=inner, N=hidden, NORMED=False, GATED=False, RESIDUAL=True, BIAS=False, BLOCK_N=32, **common,
         )  # fmt: skip
         torch.testing.assert_close(out, stream, atol=1e-4, rtol=1e-4)
         got = nan(rows, ffn)
         linear[(3, 1, splits)](
-            normed, gate_up, squares, x, x, pool, rows, got, x, x, nan(2 * splits, 16, ffn),
-            K=hidden, N=ffn, NORMED=True, GATED=True, RESIDUAL=False, BLOCK_N=16, **common,
+            normed, gate_up, squares, x, x, biases, pool, rows, got, x, x, nan(2 * splits, 16, ffn),
+            K=hidden, N=ffn, NORMED=True, GATED=True, RESIDUAL=False, BIAS=True, BLOCK_N=16, **common,
         )  # fmt: skip
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
         assert not pool.any(), "a counter was left behind"

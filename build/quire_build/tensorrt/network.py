@@ -1,0 +1,207 @@
+"""A lowered graph as a TensorRT network.
+
+The graph says what is computed; what is decided here is in which type, and with which tiles.
+"""
+
+# mypy: disable-error-code="import-not-found"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, numpy_helper
+from torch import Tensor
+
+from quire.errors import UnsupportedModelError
+from quire_build.tensorrt.lowering.attention import POOL
+from quire_build.tensorrt.lowering.graph import attribute
+from quire_build.tensorrt.operators import OPERATORS
+
+TABLES = ("cosine", "sine")
+"""Weights that stay float32, whatever the model's type is."""
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """How a linear layer is cut up; `operators.Linear` says what the fields mean."""
+
+    splits: int
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tile(n: int, k: int, gated: bool) -> LinearTile:
+    """The tile for steps of at most 16 rows; docs/tensorrt.md has the times it was chosen by.
+
+    Weights of many rows are cut into enough tiles to fill a GPU; with few, K is split as well.
+    """
+    if gated:
+        return LinearTile(splits=1, block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3)
+    if n > 2 * k:
+        return LinearTile(splits=1, block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=5)
+    if n > k:
+        return LinearTile(splits=1, block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=5)
+    return LinearTile(splits=4, block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=3)
+
+
+class NetworkWriter:
+    """Adds the nodes of one lowered graph to a network.
+
+    Args:
+        network: a TensorRT network, made to prefer ahead-of-time plugins; `register_plugins` has been called.
+        model: what `lower` returned, with or without its weights' data.
+        weight: the checkpoint's tensors by name, in any type.
+        dtype: type of weights, activations and the pool.
+        max_blocks: most blocks that a pool of this plan may have.
+        tile_rows: see `operators.PagedAttend`.
+        linear_tile: from n, k and whether the layer is gated to how it is cut up.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        model: onnx.ModelProto,
+        weight: Callable[[str], Tensor],
+        *,
+        dtype: torch.dtype,
+        max_blocks: int,
+        tile_rows: int = 16,
+        linear_tile: Callable[[int, int, bool], LinearTile] = decode_tile,
+    ) -> None:
+        import tensorrt as trt
+
+        self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
+        self._dtype, self._max_blocks, self._tile_rows = dtype, max_blocks, tile_rows
+        self._linear_tile = linear_tile
+        self._types = {
+            torch.bfloat16: trt.bfloat16,
+            torch.float16: trt.float16,
+            torch.float32: trt.float32,
+        }
+        self._kept: list[Tensor] = []
+        """Weights, which TensorRT reads where they lie until the plan is built."""
+        self._tensors: dict[str, Any] = {}
+        self._constants: dict[tuple[str, int], Any] = {}
+        self._integers = {
+            initializer.name: numpy_helper.to_array(initializer)
+            for initializer in self._graph.initializer
+            if initializer.data_type == TensorProto.INT64
+        }
+        self._weights = {initializer.name for initializer in self._graph.initializer} - set(self._integers)
+        self._stacks = {node.output[0]: node for node in self._graph.node if node.op_type == "Concat"}
+
+    def write(self) -> None:
+        """Add inputs, nodes and outputs.
+
+        Raises:
+            UnsupportedModelError: at a node that a lowered graph should not have.
+        """
+        for given in self._graph.input:
+            if given.name == POOL:
+                # As wide as elements come, because a dimension must stay below 2**31.
+                tensor = self._network.add_input(POOL, self._trt.int64, (-1,))
+            else:
+                rank = len(given.type.tensor_type.shape.dim)
+                tensor = self._network.add_input(given.name, self._trt.int32, (-1,) * rank)
+            self._tensors[given.name] = tensor
+        for node in self._graph.node:
+            add = getattr(self, f"_add_{node.op_type.lower()}", None)
+            if add is None:
+                raise UnsupportedModelError(f"a plan cannot run {node.op_type} '{node.name}'")
+            add(node)
+        for made in self._graph.output:
+            tensor = self._tensors[made.name]
+            tensor.name = made.name
+            self._network.mark_output(tensor)
+
+    def _tensor(self, name: str, rank: int = 0) -> Any:
+        """A tensor of the network; weights become constants, with leading ones up to `rank`."""
+        if name in self._tensors:
+            return self._tensors[name]
+        if (name, rank) not in self._constants:
+            data = self._data(name)
+            self._kept.append(data)
+            values = self._trt.Weights(self._types[data.dtype], data.data_ptr(), data.numel())
+            shape = (1,) * (rank - data.dim()) + tuple(data.shape)
+            self._constants[name, rank] = self._network.add_constant(shape, values).get_output(0)
+        return self._constants[name, rank]
+
+    def _data(self, name: str) -> Tensor:
+        if name in self._stacks:
+            stack = self._stacks[name]
+            return torch.cat([self._data(part) for part in stack.input], dim=attribute(stack, "axis"))
+        dtype = torch.float32 if name in TABLES else self._dtype
+        return self._weight(name).detach().to("cpu", dtype).contiguous()
+
+    def _is_weight(self, name: str) -> bool:
+        return name in self._weights or name in self._stacks
+
+    def _add_concat(self, node: NodeProto) -> None:
+        """Nothing: a Concat of weights is carried out where it is read."""
+        if not all(self._is_weight(name) for name in node.input):
+            raise UnsupportedModelError(f"a plan cannot run Concat '{node.name}' of anything but weights")
+
+    def _add_gather(self, node: NodeProto) -> None:
+        data, indices = (self._tensor(name) for name in node.input)
+        layer = self._network.add_gather(data, indices, attribute(node, "axis", 0))
+        self._tensors[node.output[0]] = layer.get_output(0)
+
+    def _add_cast(self, node: NodeProto) -> None:
+        types = {TensorProto.FLOAT: self._trt.float32, TensorProto.INT64: self._trt.int64}
+        layer = self._network.add_cast(self._tensor(node.input[0]), types[attribute(node, "to")])
+        self._tensors[node.output[0]] = layer.get_output(0)
+
+    def _add_mul(self, node: NodeProto) -> None:
+        # Rows [T, k] times rows or a weight [k].
+        first, second = (self._tensor(name, 2 if self._is_weight(name) else 0) for name in node.input)
+        layer = self._network.add_elementwise(first, second, self._trt.ElementWiseOperation.PROD)
+        self._tensors[node.output[0]] = layer.get_output(0)
+
+    def _add_reshape(self, node: NodeProto) -> None:
+        layer = self._network.add_shuffle(self._tensor(node.input[0]))
+        layer.zero_is_placeholder = not attribute(node, "allowzero", 0)
+        layer.reshape_dims = tuple(int(size) for size in self._integers[node.input[1]])
+        self._tensors[node.output[0]] = layer.get_output(0)
+
+    def _add_reducesum(self, node: NodeProto) -> None:
+        axes = sum(1 << int(axis) for axis in self._integers[node.input[1]])
+        keep = bool(attribute(node, "keepdims", 1))
+        data = self._tensor(node.input[0])
+        layer = self._network.add_reduce(data, self._trt.ReduceOperation.SUM, axes, keep)
+        self._tensors[node.output[0]] = layer.get_output(0)
+
+    def _add_kvwrite(self, node: NodeProto) -> None:
+        names = [name or node.input[0] for name in node.input]
+        self._add_own(node, [self._tensor(name) for name in names], max_blocks=self._max_blocks)
+
+    def _add_pagedattend(self, node: NodeProto) -> None:
+        inputs = [self._tensor(name) for name in node.input]
+        self._add_own(node, inputs, max_blocks=self._max_blocks, tile_rows=self._tile_rows)
+
+    def _add_linear(self, node: NodeProto) -> None:
+        x = self._tensor(node.input[0])
+        inputs = [self._tensor(name) if name else x for name in node.input]
+        flags = {"normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0}
+        given = {a.name: attribute(node, a.name) for a in node.attribute}
+        tile = self._linear_tile(given["n"], given["k"], bool(given.get("gated")))
+        self._add_own(node, [*inputs, self._tensor(POOL)], **(flags | asdict(tile)))
+
+    def _add_own(self, node: NodeProto, inputs: list[Any], **decided: Any) -> None:
+        """Add one of our operators, with the attributes that the graph has and those decided here."""
+        import tensorrt.plugin as trtp
+
+        operator = next(operator for operator in OPERATORS if operator.__name__ == node.op_type)
+        values = decided | {a.name: attribute(node, a.name) for a in node.attribute}
+        # TensorRT wants the attributes in the order in which they were registered.
+        ordered = {field.name: values[field.name] for field in fields(operator)}  # type: ignore[arg-type]
+        plugin = getattr(trtp.op.quire, node.op_type)(*inputs, **ordered)
+        layer = self._network.add_plugin(plugin, aot=True)
+        for index, name in enumerate(node.output):
+            self._tensors[name] = layer.get_output(index)
