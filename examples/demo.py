@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from quire_client import Client, QuireClientError
 
 PROMPT = "Once upon a time"
 MAX_TOKENS = 96
-LOAD_TIMEOUT_S = 120
+HTTP_TIMEOUT_S = 120
 QUIRE = Path(sys.executable).with_name("quire")
 
 console = Console(highlight=False, soft_wrap=True)
@@ -76,26 +78,29 @@ def running_server(repository: str, ports: Ports) -> Iterator[None]:
     command += ["--metrics-port", str(ports.metrics)]
     show_command(command)
     # A session of its own: Ctrl-C is for the demo, which then stops the server.
-    server = subprocess.Popen([QUIRE, *command], start_new_session=True)
+    server = subprocess.Popen([QUIRE, *command], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    ready: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    relay = threading.Thread(target=relay_lines, args=(server.stderr, ready), daemon=True)
+    relay.start()
     try:
-        wait_until_ready(server, f"127.0.0.1:{ports.grpc}")
+        if not ready.get():
+            sys.exit("the server did not start; its error is above")
         yield
     finally:
         if server.poll() is None:
             server.send_signal(signal.SIGINT)
         server.wait()
+        relay.join()
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
-    """Return when the server answers that it is ready."""
-    deadline = time.monotonic() + LOAD_TIMEOUT_S
-    with Client(url) as client:
-        while not client.is_ready():
-            if server.poll() is not None:
-                sys.exit("the server did not start; its error is above")
-            if time.monotonic() > deadline:
-                sys.exit(f"the server was not ready after {LOAD_TIMEOUT_S} s")
-            time.sleep(0.1)
+def relay_lines(lines: Iterable[str], ready: queue.SimpleQueue[bool]) -> None:
+    """Show what the server says; tell `ready` when it says that it is, and that it isn't when it ends."""
+    for line in lines:
+        print(line, end="", file=sys.stderr, flush=True)
+        if line.startswith("quire: ready"):
+            ready.put(True)
+    ready.put(False)
 
 
 def stream_over_grpc(ports: Ports) -> None:
@@ -119,7 +124,7 @@ def stream_over_http(ports: Ports) -> None:
     console.print(f"[dim]$ curl -N {url} -d {shlex.quote(json.dumps(body))}[/]")
     console.print(f"[cyan]{PROMPT}[/]", end="")
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(url, json.dumps(body).encode(), timeout=LOAD_TIMEOUT_S) as events:
+    with direct.open(url, json.dumps(body).encode(), timeout=HTTP_TIMEOUT_S) as events:
         for event in events:
             if event.startswith(b"data: "):
                 print(json.loads(event.removeprefix(b"data: "))["text_output"], end="", flush=True)

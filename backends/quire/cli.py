@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from quire import __version__
 from quire.errors import QuireError, StartupError
+from quire.interface import EnginePlacement
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -79,6 +80,10 @@ def build(
         int | None, typer.Option(min=2, help="Tokens of prompt and output; default: the checkpoint's.")
     ] = None,
     frontends: Annotated[int, typer.Option(min=1, help="Processes that receive and send text.")] = 2,
+    engine: Annotated[
+        EnginePlacement,
+        typer.Option(help="A Triton model, or in the scheduler's process: faster for small models."),
+    ] = EnginePlacement.HOSTED,
     force: Annotated[bool, typer.Option(help="Build even if the repository is up to date.")] = False,
 ) -> None:
     """Compile a checkpoint into a model repository."""
@@ -97,18 +102,19 @@ def build(
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             frontends=frontends,
+            engine=engine,
             force=force,
             progress=lambda line: _stderr.print(line, markup=False),
         )
 
 
-@app.command()
+@app.command(short_help="Serve a model repository until Ctrl-C.")
 def serve(
     repository: Annotated[Path, typer.Argument(help="Model repository made by `quire build`.")],
     address: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    grpc_port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
-    http_port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="For gRPC.")] = 8001,
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="For HTTP.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="For Prometheus.")] = 8002,
     max_num_seqs: Annotated[
         int | None, typer.Option(min=1, help="Requests that run at the same time.")
     ] = None,
@@ -119,7 +125,12 @@ def serve(
         int | None, typer.Option(min=2, help="Tokens of prompt and output of one request.")
     ] = None,
     kv_cache_bytes: Annotated[
-        str | None, typer.Option(help="Size of the KV pool, as in 512MiB; default: by free memory.")
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="<size>",
+            help="Size of the KV pool, as in 512MiB; default: by free memory.",
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU runtime.")] = None,
     max_queued_requests: Annotated[
@@ -136,14 +147,17 @@ def serve(
         bool, typer.Option("--print-command", help="Print the tritonserver command and exit.")
     ] = False,
 ) -> None:
-    """Serve a model repository until Ctrl-C or SIGTERM; requests under way finish first."""
+    """Serve a model repository until Ctrl-C or SIGTERM; requests under way finish first.
+
+    A second Ctrl-C kills at once.
+    """
     from quire.launcher.plan import Endpoints, LaunchOptions, plan_launch
 
     given = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max_model_len,
-        "kv_cache_bytes": None if kv_cache_bytes is None else parse_size(kv_cache_bytes),
+        "kv_cache_bytes": kv_cache_bytes,
         "threads": threads,
         "max_queued_requests": max_queued_requests,
         "step_timeout_s": step_timeout_s,
@@ -169,7 +183,7 @@ def serve(
         ).run()
 
 
-@app.command()
+@app.command(short_help="Send a prompt to a running server.")
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     url: Annotated[str, typer.Option(help="The server's gRPC address.")] = "localhost:8001",
@@ -217,7 +231,7 @@ def generate(
         raise typer.Exit(130) from None
 
 
-@app.command()
+@app.command(short_help="Check that everything is here and fits together.")
 def doctor() -> None:
     """Check that everything serving needs is here and fits together."""
     from quire.doctor import examine, show

@@ -1,7 +1,7 @@
 """What `quire doctor` looks at: the parts that serving and building need, and the pairs that don't fit.
 
 The checks are the launcher's own, but the doctor goes through all of them instead of stopping at the
-first that fails. Each finding is a line of a table; one that keeps something from working has a remedy.
+first that fails. Each finding is a line; one that keeps something from working has a remedy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from quire import __version__
 from quire.errors import StartupError
@@ -57,18 +57,15 @@ def examine() -> list[Finding]:
 
 
 def show(findings: list[Finding], console: Console) -> None:
-    """Print the table, then what to do."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    """Print what was found, a line each, then what to do."""
+    width = max(len(finding.subject) for finding in findings)
     for finding in findings:
         mark = "[red]✗[/]" if finding.remedy else "[green]✓[/]"
-        table.add_row(mark, finding.subject, finding.state)
-    console.print(table)
-    for finding in findings:
-        if finding.remedy:
-            console.print(f"{finding.subject}: {finding.remedy}", style="bold", markup=False, soft_wrap=True)
+        line = escape(f"{finding.subject:{width}}  {finding.state}")
+        console.print(f"{mark}  {line}", highlight=False, soft_wrap=True)
+    remedies = [f"{finding.subject}: {finding.remedy}" for finding in findings if finding.remedy]
+    for remedy in remedies or ["Everything that serving needs is here and fits together."]:
+        console.print(remedy, style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def _python() -> Iterator[Finding]:

@@ -1,21 +1,60 @@
-"""The tensors of the three Triton models, as data.
+"""The Triton models and their tensors, as data.
 
 `quire build` turns this into config.pbtxt; the components and the client take names and types from here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
+
+from quire.errors import StartupError
 
 DataType = Literal["BOOL", "UINT8", "INT32", "UINT64", "FP32", "STRING"]
 """Triton's names; in config.pbtxt with `TYPE_` before them. STRING is BYTES on the wire."""
 
 BACKEND = "quire"
 LLM, SCHEDULER, ENGINE = "llm", "scheduler", "engine"
-"""Names of the models. Clients call `llm`; the other two answer only Quire's own processes."""
+"""Names of the models. Clients call `llm`; the others answer only Quire's own processes."""
 
 ACCESS_KEY_BYTES = 32
+
+
+class EnginePlacement(StrEnum):
+    """Where the engine runs; the parameter `engine` in every config.pbtxt of a repository."""
+
+    HOSTED = "hosted"
+    """As a Triton model, in a process of its own."""
+    IN_PROCESS = "in-process"
+    """In the scheduler's process; the repository has no model `engine` then."""
+
+    @classmethod
+    def read(cls, parameters: Mapping[str, str]) -> EnginePlacement:
+        """Take it from a model's parameters.
+
+        Raises:
+            StartupError: it is missing or unknown.
+        """
+        text = parameters.get("engine", "")
+        try:
+            return cls(text)
+        except ValueError:
+            raise StartupError(
+                f"parameter engine of the model repository is {text!r}; it must be {' or '.join(cls)}: "
+                "build the repository again with `quire build`"
+            ) from None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of a repository."""
+        return (LLM, SCHEDULER, ENGINE) if self is EnginePlacement.HOSTED else (LLM, SCHEDULER)
+
+    @property
+    def engine_owner(self) -> str:
+        """The model that loads the engine and has its files."""
+        return ENGINE if self is EnginePlacement.HOSTED else SCHEDULER
 
 
 @dataclass(frozen=True, slots=True)

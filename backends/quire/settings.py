@@ -61,7 +61,7 @@ class ServingSettings:
         """Fill in the engine's limits where none is set, and refuse what exceeds them.
 
         Raises:
-            SettingsError: a limit is above the engine's.
+            SettingsError: a limit is above the engine's, or a step cannot hold a token of each request.
         """
         resolved: dict[str, int] = {}
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
@@ -72,4 +72,9 @@ class ServingSettings:
                     f"lower it or build again with `quire build --{name.replace('_', '-')} {chosen}`"
                 )
             resolved[name] = chosen or built_for
+        if resolved["max_num_batched_tokens"] < resolved["max_num_seqs"]:
+            raise SettingsError(
+                f"max_num_batched_tokens is {resolved['max_num_batched_tokens']}; it must be at least "
+                f"max_num_seqs, {resolved['max_num_seqs']}, for each running request to get a token"
+            )
         return replace(self, **resolved)

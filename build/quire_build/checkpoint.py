@@ -61,7 +61,11 @@ class Checkpoint:
             UnsupportedModelError: the architecture or one of its options is not implemented.
         """
         if not directory.is_dir():
-            raise CheckpointError(f"{directory} is not a directory")
+            raise CheckpointError(
+                f"{directory} is not a directory; checkpoints are folders of this machine, none is downloaded"
+            )
+        if not (directory / "config.json").exists():
+            raise CheckpointError(f"{directory} is no Hugging Face checkpoint: it has no config.json")
         config = DecoderConfig.from_huggingface(_read_json(directory / "config.json"))
         if (directory / "generation_config.json").exists():
             _read_json(directory / "generation_config.json")

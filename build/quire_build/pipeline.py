@@ -31,13 +31,14 @@ from quire.execution.manifest import (
     verify_files,
     write_manifest,
 )
+from quire.interface import EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder_config import DecoderConfig
 from quire_build.gate import TOLERANCES, Precision, compare, describe, enforce, gate_workload
 from quire_build.repository import (
     DEFAULT_FRONTENDS,
-    VERSION,
     check_replaceable,
+    engine_dir,
     has_model_files,
     write_configs,
     write_model_files,
@@ -79,6 +80,7 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: Precision
     limits: EngineLimits
     frontends: int
+    engine: EnginePlacement
 
 
 def build(
@@ -90,6 +92,7 @@ def build(
     max_num_batched_tokens: int = 2048,
     max_model_len: int | None = None,
     frontends: int = DEFAULT_FRONTENDS,
+    engine: EnginePlacement = EnginePlacement.HOSTED,
     force: bool = False,
     progress: Progress = lambda message: None,
 ) -> BuildResult:
@@ -103,6 +106,7 @@ def build(
         max_num_batched_tokens: tokens in one step, at most.
         max_model_len: tokens of prompt and output together, at most; None takes what the model allows.
         frontends: processes that parse, tokenise and stream.
+        engine: whether the engine is a Triton model or runs in the scheduler's process.
         force: build even if `output` is up to date.
         progress: is told about each stage, a line at a time.
 
@@ -128,23 +132,24 @@ def build(
         precision=precision,
         limits=limits,
         frontends=frontends,
+        engine=engine,
     )
     if not force and (manifest := _published(output, record, source)) is not None:
         progress(f"{output} is up to date")
         return BuildResult(output, manifest, was_up_to_date=True, seconds=time.monotonic() - started)
 
     with staged(output) as repository:
-        engine_dir = repository / interface.ENGINE / VERSION
-        write_configs(repository, frontends)
+        write_configs(repository, frontends, engine)
         write_model_files(repository, source.directory, source.serving_files)
-        manifest = _build_engine(source, record, engine_dir, progress)
-        (engine_dir / RECORD_FILE).write_bytes(msgspec.json.encode(record))
+        directory = engine_dir(repository, engine)
+        manifest = _build_engine(source, record, directory, progress)
+        (directory / RECORD_FILE).write_bytes(msgspec.json.encode(record))
     progress(f"published {output}")
     return BuildResult(output, manifest, was_up_to_date=False, seconds=time.monotonic() - started)
 
 
-def _build_engine(source: Checkpoint, record: BuildRecord, engine_dir: Path, progress: Progress) -> Manifest:
-    """Export, load and check the engine; afterwards `engine_dir` holds it with its manifest."""
+def _build_engine(source: Checkpoint, record: BuildRecord, directory: Path, progress: Progress) -> Manifest:
+    """Export, load and check the engine; afterwards `directory` holds it with its manifest."""
     progress("starting torch")
     try:
         from quire_build.export import GRAPH_FILE, WEIGHTS_FILE, export_onnx
@@ -155,22 +160,22 @@ def _build_engine(source: Checkpoint, record: BuildRecord, engine_dir: Path, pro
     decoder = load_decoder(source, num_positions=record.limits.max_model_len)
     parameters = sum(parameter.numel() for parameter in decoder.parameters())
     progress(f"exporting {parameters / 1e6:.1f}M parameters to {GRAPH_FILE}")
-    export_onnx(decoder, source.config, BLOCK_SIZE, engine_dir)
-    files = {name: file_digest(engine_dir / name) for name in (GRAPH_FILE, WEIGHTS_FILE)}
+    export_onnx(decoder, source.config, BLOCK_SIZE, directory)
+    files = {name: file_digest(directory / name) for name in (GRAPH_FILE, WEIGHTS_FILE)}
     manifest = _manifest(source.config, record, files)
-    write_manifest(manifest, engine_dir)
+    write_manifest(manifest, directory)
 
     progress("comparing the engine with the torch module")
-    report = _measure(decoder, source.config, manifest, engine_dir, record.precision)
+    report = _measure(decoder, source.config, manifest, directory, record.precision)
     progress(describe(report))
     enforce(report, record.precision)
     manifest = msgspec.structs.replace(manifest, gate=report)
-    write_manifest(manifest, engine_dir)
+    write_manifest(manifest, directory)
     return manifest
 
 
 def _measure(
-    decoder: Decoder, config: DecoderConfig, manifest: Manifest, engine_dir: Path, precision: Precision
+    decoder: Decoder, config: DecoderConfig, manifest: Manifest, directory: Path, precision: Precision
 ) -> GateReport:
     """Run the numerics gate on the engine as a server would load it."""
     from quire.execution.openvino import OpenVINOEngine, OpenVINOExecutor
@@ -179,7 +184,7 @@ def _measure(
     workload = gate_workload(config.vocab_size, BLOCK_SIZE, manifest.limits)
     reference = TorchExecutor(decoder, config, workload.num_blocks, BLOCK_SIZE)
     engine = OpenVINOEngine(
-        engine_dir,
+        directory,
         kv_cache_bytes=workload.num_blocks * manifest.kv_bytes_per_block,
         # The pool is made for the workload, not for requests as long as the engine may serve.
         limits=msgspec.structs.replace(manifest.limits, max_model_len=workload.max_sequence_len),
@@ -200,7 +205,7 @@ def _manifest(config: DecoderConfig, record: BuildRecord, files: dict[str, str])
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            # A block may be forgotten only where every layer has forgotten it.
+            # What loading the engine checks attention with; layers without a window are checked without.
             sliding_window=max(windows) if len(windows) == config.num_layers else None,
         ),
         block_size=BLOCK_SIZE,
@@ -232,15 +237,16 @@ def _manifest(config: DecoderConfig, record: BuildRecord, files: dict[str, str])
 
 def _published(output: Path, record: BuildRecord, source: Checkpoint) -> Manifest | None:
     """The manifest of the repository at `output` if it is whole and what `record` describes."""
-    engine_dir = output / interface.ENGINE / VERSION
+    directory = engine_dir(output, record.engine)
     try:
-        if msgspec.json.decode((engine_dir / RECORD_FILE).read_bytes(), type=BuildRecord) != record:
+        if msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=BuildRecord) != record:
             return None
-        manifest = read_manifest(engine_dir)
-        verify_files(manifest, engine_dir)
+        manifest = read_manifest(directory)
+        verify_files(manifest, directory)
     except (OSError, msgspec.DecodeError, ManifestError):
         return None
-    return manifest if has_model_files(output, source.directory, source.serving_files) else None
+    whole = has_model_files(output, source.directory, source.serving_files, record.engine)
+    return manifest if whole else None
 
 
 def _limits(

@@ -1,7 +1,7 @@
-"""The Triton model repository around an engine: three models, their config.pbtxt and their files.
+"""The Triton model repository around an engine: its models, their config.pbtxt and their files.
 
 Tensors and names come from `quire.interface`, parameters from `quire.settings`. config.pbtxt depends on
-nothing but the number of frontends: neither on the machine nor on the checkpoint.
+nothing but the number of frontends and where the engine runs: neither on the machine nor on the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ from tritonclient.grpc import model_config_pb2
 
 from quire import interface
 from quire.errors import BuildError
-from quire.interface import TensorSpec
+from quire.interface import EnginePlacement, TensorSpec
 from quire.settings import ServingSettings
 
 VERSION = "1"
-MODELS = (interface.LLM, interface.SCHEDULER, interface.ENGINE)
 SCHEDULER_FILE = "README.txt"
 DEFAULT_FRONTENDS = 2
 
 
-def model_configs(frontends: int) -> dict[str, model_config_pb2.ModelConfig]:
+def engine_dir(repository: Path, engine: EnginePlacement) -> Path:
+    """Where the engine's files lie."""
+    return repository / engine.engine_owner / VERSION
+
+
+def model_configs(frontends: int, engine: EnginePlacement) -> dict[str, model_config_pb2.ModelConfig]:
     """The configuration of each model, by its name."""
-    return {
+    configs = {
         interface.LLM: _model_config(
             interface.LLM,
             component="frontend",
             inputs=interface.LLM_INPUTS,
             outputs=interface.LLM_OUTPUTS,
+            engine=engine,
             instances=frontends,
             decoupled=True,
         ),
@@ -42,19 +47,22 @@ def model_configs(frontends: int) -> dict[str, model_config_pb2.ModelConfig]:
             component="scheduler",
             inputs=interface.SCHEDULER_INPUTS,
             outputs=interface.SCHEDULER_OUTPUTS,
+            engine=engine,
         ),
         interface.ENGINE: _model_config(
             interface.ENGINE,
             component="engine",
             inputs=interface.ENGINE_INPUTS,
             outputs=interface.ENGINE_OUTPUTS,
+            engine=engine,
         ),
     }
+    return {name: configs[name] for name in engine.models}
 
 
-def write_configs(repository: Path, frontends: int) -> None:
+def write_configs(repository: Path, frontends: int, engine: EnginePlacement) -> None:
     """Write every model's config.pbtxt and version directory."""
-    for name, config in model_configs(frontends).items():
+    for name, config in model_configs(frontends, engine).items():
         (repository / name / VERSION).mkdir(parents=True, exist_ok=True)
         (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
 
@@ -65,15 +73,17 @@ def write_model_files(repository: Path, checkpoint: Path, serving_files: Sequenc
         shutil.copyfile(checkpoint / name, repository / interface.LLM / VERSION / name)
     # Triton wants a version directory, and many ways of copying leave out empty ones.
     (repository / interface.SCHEDULER / VERSION / SCHEDULER_FILE).write_text(
-        "The scheduler has no files of its own.\n"
+        "The scheduler has no files of its own; those of the engine are here if it runs in its process.\n"
     )
 
 
-def has_model_files(repository: Path, checkpoint: Path, serving_files: Sequence[str]) -> bool:
+def has_model_files(
+    repository: Path, checkpoint: Path, serving_files: Sequence[str], engine: EnginePlacement
+) -> bool:
     """Whether all but the engine's files is there: configs, and copies equal to the checkpoint's files."""
     llm_dir = repository / interface.LLM / VERSION
     return (
-        all((repository / name / "config.pbtxt").is_file() for name in MODELS)
+        all((repository / name / "config.pbtxt").is_file() for name in engine.models)
         and (repository / interface.SCHEDULER / VERSION / SCHEDULER_FILE).is_file()
         and all((llm_dir / name).is_file() for name in serving_files)
         and all(filecmp.cmp(checkpoint / name, llm_dir / name, shallow=False) for name in serving_files)
@@ -92,7 +102,7 @@ def check_replaceable(target: Path) -> None:
         raise BuildError(f"{target} exists and is not a directory; choose another output")
     for entry in target.iterdir():
         config = entry / "config.pbtxt"
-        if entry.name not in MODELS or (config.exists() and not _is_ours(config)):
+        if entry.name not in EnginePlacement.HOSTED.models or (config.exists() and not _is_ours(config)):
             raise BuildError(
                 f"{target} holds {entry.name}, which is no part of a model repository of Quire, and a build "
                 "replaces the whole directory; choose another output"
@@ -113,6 +123,7 @@ def _model_config(
     component: str,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
+    engine: EnginePlacement,
     instances: int = 1,
     decoupled: bool = False,
 ) -> model_config_pb2.ModelConfig:
@@ -127,6 +138,7 @@ def _model_config(
     if decoupled:
         config.model_transaction_policy.decoupled = True
     config.parameters["component"].string_value = component
+    config.parameters["engine"].string_value = engine
     for setting in fields(ServingSettings):
         config.parameters[setting.name].string_value = str(setting.default)
     return config

@@ -70,18 +70,19 @@ def infer_request(model: str, prompt: Prompt, options: SamplingOptions, *, strea
     """
     request = service_pb2.ModelInferRequest(model_name=model)
     if isinstance(prompt, str):
-        _add(request, "text_input", "BYTES", 1, _packed_strings([prompt]))
+        _add(request, "text_input", "BYTES", 1, _packed_strings("text_input", [prompt]))
     else:
-        _add(request, "input_ids", "INT32", len(prompt), _packed("input_ids", f"<{len(prompt)}i", prompt))
+        ids = _packed("input_ids", "INT32", f"<{len(prompt)}i", prompt)
+        _add(request, "input_ids", "INT32", len(prompt), ids)
     _add(request, "stream", "BOOL", 1, struct.pack("?", stream))
     given = {"exclude_input_in_output": True} | {k: v for k, v in options.items() if v is not None}
     for name, value in given.items():
         if name == "stop":
             strings = [value] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
-            _add(request, name, "BYTES", len(strings), _packed_strings(strings))
+            _add(request, name, "BYTES", len(strings), _packed_strings(name, strings))
         elif name in _OPTION_TYPES:
             datatype, layout = _OPTION_TYPES[name]
-            _add(request, name, datatype, 1, _packed(name, layout, [value]))
+            _add(request, name, datatype, 1, _packed(name, datatype, layout, [value]))
         else:
             raise InvalidRequestError(f"{name} is not an option of a request")
     return request
@@ -160,7 +161,12 @@ def error_of_message(message: str) -> QuireClientError:
 
 def error_of_rpc(error: grpc.RpcError) -> QuireClientError:
     """The exception for a call that failed as a whole."""
-    return _ERROR_OF_STATUS.get(error.code(), ServerFailureError)(error.details() or str(error.code()))
+    details = error.details() or str(error.code())
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        details = f"the server cannot be reached; is it running at this address? ({details})"
+    elif error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        details = "the request was not finished in the time that it was given"
+    return _ERROR_OF_STATUS.get(error.code(), ServerFailureError)(details)
 
 
 def _add(request: Any, name: str, datatype: str, size: int, raw: bytes) -> None:
@@ -168,15 +174,22 @@ def _add(request: Any, name: str, datatype: str, size: int, raw: bytes) -> None:
     request.raw_input_contents.append(raw)
 
 
-def _packed(name: str, layout: str, values: Sequence[Any]) -> bytes:
+def _packed(name: str, datatype: str, layout: str, values: Sequence[Any]) -> bytes:
     try:
         return struct.pack(layout, *values)
     except (struct.error, OverflowError) as error:
-        raise InvalidRequestError(f"{name} has a value that does not fit its type: {error}") from None
+        raise InvalidRequestError(f"{name} has a value that does not fit {datatype}: {error}") from None
 
 
-def _packed_strings(strings: Iterable[str]) -> bytes:
-    encoded = [string.encode() for string in strings]
+def _packed_strings(name: str, strings: Iterable[str]) -> bytes:
+    try:
+        encoded = [string.encode() for string in strings]
+    except UnicodeEncodeError as error:
+        # A lone surrogate: Python puts it where bytes from a file or a terminal were not UTF-8.
+        raise InvalidRequestError(
+            f"{name} cannot be sent as UTF-8: its character {error.start} is half of a surrogate pair or "
+            "stands for a byte that was not UTF-8"
+        ) from None
     return b"".join(struct.pack("<I", len(string)) + string for string in encoded)
 
 

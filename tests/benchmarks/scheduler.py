@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import scheduler_workload as workload
+from peer import Peer
 
 from quire.scheduling.request import Request
 from quire.scheduling.sampling_params import SamplingParams
@@ -64,37 +62,6 @@ class QuireContender:
 
     def abort(self, request_id: str) -> None:
         self._scheduler.abort_requests([request_id])
-
-
-class Peer:
-    """vLLM's scheduler in a process of its own."""
-
-    def __init__(self, python: str) -> None:
-        script = Path(__file__).with_name("vllm_scheduler.py")
-        self._process = subprocess.Popen(
-            [python, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(script.parent)},
-        )
-        self.version = self._answer()
-
-    def measure(self, name: str, **arguments: object) -> Any:
-        assert self._process.stdin is not None
-        print(json.dumps([name, arguments]), file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("the peer ended; run vllm_scheduler.py with its Python to see why")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.communicate()
 
 
 class Comparison:
@@ -159,10 +126,10 @@ def main() -> None:
     parser.add_argument("--peer-python", help="a Python that can import vllm 0.33")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    peer = Peer(options.peer_python) if options.peer_python else None
+    peer = Peer(options.peer_python, "vllm_scheduler.py") if options.peer_python else None
     result = {
         "python": platform.python_version(),
-        "vllm": peer.version if peer is not None else None,
+        "vllm": peer.description if peer is not None else None,
         "decode_step": compare_decoding(peer, options.rounds),
         "cached_prompt": compare_cached_prompts(peer, options.rounds),
     }

@@ -2,11 +2,13 @@
 
     python tests/benchmarks/serving.py --url HOST:PORT            a server that runs
     python tests/benchmarks/serving.py --repository REPOSITORY    starts `quire serve` for the duration
+    python tests/benchmarks/serving.py --repository A B --rounds 5    compares two, measured in turns
 
 For each number of streams, that many clients send one request after the other for a fixed time; what
 arrives before all of them have had their first token is not counted. Prompts are random ids, so that none
 is found in the prefix cache. Prints JSON. The clients take processor time from a server on the same
-machine: `client_cores` says how much.
+machine: `client_cores` says how much. Of several servers all are up at the same time, but only one has
+work; the comparison is made of ratios within each round.
 """
 
 from __future__ import annotations
@@ -14,14 +16,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import multiprocessing
-import os
-import platform
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
 from quire_client import AsyncClient, Client
 
@@ -197,40 +198,84 @@ def own_server(repository: Path) -> Iterator[str]:
         server.wait()
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    models = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "processor": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("quire", "openvino", "numpy")},
-    }
+def measure_in_turns(
+    servers: dict[str, str], options: argparse.Namespace, manager: SyncManager
+) -> list[dict[str, Any]]:
+    """Measure every server with each number of streams in every round; who is first alternates."""
+    runs = []
+    for streams in options.streams:
+        for number in range(options.rounds):
+            for name, url in list(servers.items())[:: -1 if number % 2 else 1]:
+                load = Load(url, options.seconds, options.prompt_tokens, options.max_tokens)
+                figures = measure(load, streams, options.clients, manager)
+                runs.append({"server": name, "round": number} | figures)
+    return runs
+
+
+def compare(runs: list[dict[str, Any]], servers: list[str]) -> list[dict[str, Any]]:
+    """The other servers against the first: for each number of streams, medians over the rounds of ratios."""
+    first, *others = servers
+    by_place = {(run["server"], run["streams"], run["round"]): run for run in runs}
+    num_rounds = 1 + max(run["round"] for run in runs)
+    comparison = []
+    for streams in dict.fromkeys(run["streams"] for run in runs):
+        for other in others:
+            pairs = [
+                (by_place[other, streams, number], by_place[first, streams, number])
+                for number in range(num_rounds)
+            ]
+            rate = statistics.median(one["tokens_per_s"] / two["tokens_per_s"] for one, two in pairs)
+            gap, first_token = (
+                statistics.median(one[field]["p50"] / two[field]["p50"] for one, two in pairs)
+                for field in ("time_between_deltas_ms", "time_to_first_token_ms")
+            )
+            comparison.append(
+                {"streams": streams, "server": other, "against": first}
+                | {"tokens_per_s": round(rate, 3), "time_between_deltas": round(gap, 3)}
+                | {"time_to_first_token": round(first_token, 3)}
+            )
+    return comparison
+
+
+@contextlib.contextmanager
+def measured_servers(options: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """The gRPC address of each server to be measured, by the name that the report calls it."""
+    with contextlib.ExitStack() as stack:
+        if options.url:
+            yield {url: url for url in options.url}
+        else:
+            yield {
+                str(repository): stack.enter_context(own_server(repository))
+                for repository in options.repository
+            }
 
 
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--url", help="gRPC address of a running server")
-    where.add_argument("--repository", type=Path, help="model repository to serve meanwhile")
+    where.add_argument("--url", nargs="+", help="gRPC addresses of running servers")
+    where.add_argument("--repository", type=Path, nargs="+", help="model repositories to serve meanwhile")
     parser.add_argument("--streams", type=int, nargs="+", default=NUM_STREAMS)
     parser.add_argument("--seconds", type=float, default=10, help="of measurement for each number of streams")
+    parser.add_argument("--rounds", type=int, default=1, help="times that everything is measured")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--clients", type=int, default=2, help="client processes")
     options = parser.parse_args()
-    context = contextlib.nullcontext(options.url) if options.url else own_server(options.repository)
-    with context as url, multiprocessing.get_context("spawn").Manager() as manager:
-        load = Load(url, options.seconds, options.prompt_tokens, options.max_tokens)
-        runs = [measure(load, streams, options.clients, manager) for streams in options.streams]
-    load_figures = {"prompt_tokens": load.prompt_tokens, "max_tokens": load.max_tokens}
-    print(json.dumps({"machine": machine(), "load": load_figures, "runs": runs}, indent=2))
+    with (
+        measured_servers(options) as servers,
+        multiprocessing.get_context("spawn").Manager() as manager,
+    ):
+        runs = measure_in_turns(servers, options, manager)
+    report = {
+        "machine": machine(),
+        "load": {"prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens},
+        "runs": runs,
+    }
+    if len(servers) > 1:
+        report["comparison"] = compare(runs, list(servers))
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -19,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 warnings.filterwarnings("ignore")
 
+import peer  # noqa: E402
 import scheduler_workload as workload  # noqa: E402
 import torch  # noqa: E402
 import vllm  # noqa: E402
@@ -122,20 +122,11 @@ class VllmContender:
         self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
 
-def serve() -> None:
-    """Answer measurements until standard input ends."""
-    # vLLM prints to standard output; the answers keep it for themselves.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
-        contender = VllmContender(Path(folder))
-        print(json.dumps(vllm.__version__), file=answers, flush=True)
-        for line in sys.stdin:
-            name, arguments = json.loads(line)
-            figures = getattr(workload, name)(contender, **arguments)
-            print(json.dumps(figures), file=answers, flush=True)
+        peer.answer(workload, lambda: VllmContender(Path(folder)), vllm.__version__)
 
 
 if __name__ == "__main__":
-    serve()
+    main()

@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quire_client import SamplingOptions
+from quire_client import Client, SamplingOptions, TokenStream
 
 QUIRE = Path(sys.executable).with_name("quire")
 READY_TIMEOUT_S = 180
@@ -23,6 +24,7 @@ STOP_TIMEOUT_S = 60
 PROMPT = "Once upon a time"
 ENDLESS = SamplingOptions(max_tokens=1900, temperature=100.0, seed=5)
 """Nearly uniform sampling that doesn't meet the end of the text: a request that takes seconds."""
+SMALL_POOL = "--kv-cache-bytes=64MiB"
 SHM_PREFIX = "triton_python_backend_shm_region_"
 
 
@@ -151,6 +153,47 @@ def started(repository: Path, *flags: str) -> Iterator[RunningServer]:
         yield server
     finally:
         end(server)
+
+
+@contextlib.contextmanager
+def leaves_nothing(repository: Path, *flags: str) -> Iterator[RunningServer]:
+    """A ready server; after the block, which stops it, nothing of it must be left."""
+    with serving(repository, SMALL_POOL, *flags) as server:
+        tree, shared_memory = server.tree(), server.shared_memory()
+        assert len(tree) >= 5, "quire, tritonserver and a process per model instance"
+        assert rendezvous_folders(tree)
+        assert any(file.exists() for file in shared_memory)
+        yield server
+        server.wait()
+        assert eventually(lambda: not any(is_running(pid) for pid in tree))
+        assert not any(file.exists() for file in shared_memory)
+        assert rendezvous_folders(tree) == []
+
+
+def rendezvous_folders(server_pids: list[int]) -> list[Path]:
+    """Folders in which the processes of these servers meet."""
+    runtime_dirs = {
+        Path(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())),
+        Path(tempfile.gettempdir()),
+    }
+    return [path for folder in runtime_dirs for pid in server_pids for path in folder.glob(f"quire-{pid}-*")]
+
+
+def long_stream(server: RunningServer) -> TokenStream:
+    """A request that is under way: its first token has come."""
+    stream = Client(server.ports.grpc_url).stream(PROMPT, **ENDLESS, timeout_s=120)
+    next(stream)
+    return stream
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 30) -> bool:
+    """Whether something that can only be asked for comes true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def end(server: RunningServer) -> None:

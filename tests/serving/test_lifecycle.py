@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,57 +15,20 @@ from tests.serving.running_server import (
     ENDLESS,
     PROMPT,
     QUIRE,
+    SMALL_POOL,
     Ports,
     RunningServer,
     end,
+    eventually,
     is_running,
+    leaves_nothing,
+    long_stream,
+    rendezvous_folders,
     serving,
     started,
 )
 
-from quire_client import Client, QuireClientError, TokenStream
-
-SMALL_POOL = "--kv-cache-bytes=64MiB"
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 30) -> bool:
-    """Whether something that can only be asked for comes true in time."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def rendezvous_folders(server_pids: list[int]) -> list[Path]:
-    runtime_dirs = {
-        Path(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())),
-        Path(tempfile.gettempdir()),
-    }
-    return [path for folder in runtime_dirs for pid in server_pids for path in folder.glob(f"quire-{pid}-*")]
-
-
-@contextlib.contextmanager
-def leaves_nothing(repository: Path, *flags: str) -> Iterator[RunningServer]:
-    """A ready server; after the block, which stops it, nothing of it must be left."""
-    with serving(repository, SMALL_POOL, *flags) as server:
-        tree, shared_memory = server.tree(), server.shared_memory()
-        assert len(tree) >= 5, "quire, tritonserver and a process per model instance"
-        assert rendezvous_folders(tree)
-        assert any(file.exists() for file in shared_memory)
-        yield server
-        server.wait()
-        assert eventually(lambda: not any(is_running(pid) for pid in tree))
-        assert not any(file.exists() for file in shared_memory)
-        assert rendezvous_folders(tree) == []
-
-
-def long_stream(server: RunningServer) -> TokenStream:
-    """A request that is under way: its first token has come."""
-    stream = Client(server.ports.grpc_url).stream(PROMPT, **ENDLESS, timeout_s=120)
-    next(stream)
-    return stream
+from quire_client import Client, QuireClientError
 
 
 def test_ctrl_c_lets_requests_finish_and_leaves_nothing(repository: Path) -> None:
@@ -119,11 +79,23 @@ def test_a_second_ctrl_c_kills_at_once(repository: Path) -> None:
                 stream.result()
 
 
-def test_a_killed_launcher_takes_its_server_along(repository: Path) -> None:
+def test_a_closed_terminal_drains_like_ctrl_c(repository: Path) -> None:
+    with leaves_nothing(repository) as server:
+        stream = long_stream(server)
+        server.process.send_signal(signal.SIGHUP)
+        assert stream.result().num_output_tokens == ENDLESS["max_tokens"]
+        assert server.wait() == 0
+
+
+def test_a_killed_launcher_takes_its_server_along_and_the_next_start_cleans_up(repository: Path) -> None:
     with serving(repository, SMALL_POOL) as server:
-        tree = server.tree()
+        tree, shared_memory = server.tree(), server.shared_memory()
+        locks = {file.with_name(f"{file.name.rpartition('_')[0]}_lock") for file in shared_memory}
+        assert [lock.exists() for lock in locks] == [True]
         server.process.kill()
         assert eventually(lambda: not any(is_running(pid) for pid in tree))
+    with serving(repository, SMALL_POOL):
+        assert not any(file.exists() for file in (*shared_memory, *locks))
 
 
 def test_a_crashed_server_is_reported_and_its_components_end(repository: Path) -> None:

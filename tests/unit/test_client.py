@@ -213,7 +213,7 @@ def test_cancel_from_another_thread_ends_the_iteration(client: Client, service: 
 def test_a_request_that_takes_longer_than_its_timeout_ends_here_and_there(
     client: Client, service: EchoService
 ) -> None:
-    with pytest.raises(RequestTimeoutError):
+    with pytest.raises(RequestTimeoutError, match="not finished in the time"):
         client.generate("endless", timeout_s=0.3)
     assert service.cancelled.wait(EVENT_TIMEOUT_S)
 

@@ -137,7 +137,7 @@ def test_one_port_for_two_purposes_is_refused() -> None:
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(StartupError, match=r"cannot listen on 192\.0\.2\.1"):
+    with pytest.raises(StartupError, match=r"cannot listen on 192\.0\.2\.1 .*choose an address .*--address"):
         Endpoints("192.0.2.1").check_free()
 
 

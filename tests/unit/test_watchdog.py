@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 
-from quire.serving.watchdog import Process
+from quire.serving.watchdog import STUB_NAME, Process
 
 PATIENCE_S = 30
 
@@ -78,3 +78,26 @@ def test_a_stub_cleans_up_and_ends_with_its_killed_server(tmp_path: object) -> N
     assert gone.wait(PATIENCE_S)
     assert not os.path.exists(mark)  # noqa: PTH110
     server.wait()
+
+
+def run_as_stub(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What a child under the stub's name makes of the server that its arguments speak of."""
+    code = "from quire.serving.watchdog import server_of_this_stub as server; print(server())"
+    return subprocess.run(
+        [f"/backends/python/{STUB_NAME}", "-c", code, *arguments],
+        executable=sys.executable,
+        # Under another name the interpreter doesn't find the environment that it belongs to.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+
+def test_a_stub_knows_its_server() -> None:
+    assert run_as_stub("model.py", str(os.getpid())).stdout == f"{os.getpid()}\n"
+
+
+def test_a_stub_whose_server_was_gone_before_it_asked_ends() -> None:
+    stub = run_as_stub("model.py", str(os.getpid() + 1))
+    assert (stub.returncode, stub.stdout) == (1, "")

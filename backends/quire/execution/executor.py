@@ -68,5 +68,5 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up the engine; unfinished steps end with `PeerLostError`."""
+        """Give up the engine; unfinished steps end with an error."""
         ...

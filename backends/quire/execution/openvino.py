@@ -85,7 +85,10 @@ class OpenVINOEngine:
         self._check = InputsCheck(self.manifest.model.vocab_size, BLOCK_SIZE, num_blocks, self.limits)
         self._bound: list[ov.Tensor] = []
         _LOG.info(
-            "KV pool: %d blocks, %d tokens, %.0f MiB",
+            "%s in %s on %d threads; KV pool of %d blocks, %d tokens, %.0f MiB",
+            self.manifest.model.architecture,
+            self.manifest.precision,
+            threads or available_cores(),
             num_blocks - 1,
             (num_blocks - 1) * BLOCK_SIZE,
             num_blocks * self.manifest.kv_bytes_per_block / 2**20,
@@ -136,6 +139,10 @@ class OpenVINOEngine:
         except RuntimeError as error:
             raise EngineStepError(f"OpenVINO failed a step: {error}") from error
         return logits
+
+    def cancel(self) -> None:
+        """Interrupt the step under way, if there is one; may be called from another thread."""
+        self._request.cancel()
 
     def _bind_pool(self, compiled: ov.CompiledModel, num_blocks: int) -> list[ov.Tensor]:
         """Allocate the pool as the compiled model wants it and check that every input is accounted for."""
@@ -277,7 +284,8 @@ class OpenVINOExecutor:
         return OpenVINOStep(self._engine)
 
     def close(self) -> None:
-        """Nothing to give up: the engine goes with its last reference."""
+        """Interrupt the step under way, so that who waits for it need not wait any longer."""
+        self._engine.cancel()
 
 
 class OpenVINOStep:

@@ -23,6 +23,7 @@ from pathlib import Path
 import quire
 from quire.errors import StartupError
 from quire.interface import BACKEND
+from quire.serving.watchdog import STUB_NAME
 
 CONTAINER_ROOT = Path("/opt/tritonserver")
 """Where NVIDIA's images keep the server."""
@@ -31,7 +32,6 @@ WHEEL = "nvidia-pytriton"
 SERVER_OF_WHEEL = {"0.7.0": "2.51.0"}
 """Which tritonserver a release of the wheel holds; the wheel itself doesn't say."""
 
-STUB_NAME = "triton_python_backend_stub"
 NUMPY_2_SINCE = (2, 53)
 """First tritonserver whose Python backend was built for numpy 2; older ones corrupt every array with it."""
 

@@ -7,6 +7,7 @@ of one sentence, and returns the command with its environment. Running that comm
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import shlex
@@ -23,7 +24,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from quire.errors import StartupError
 from quire.execution.manifest import Manifest, read_manifest
-from quire.interface import ENGINE, LLM, SCHEDULER
+from quire.interface import LLM, SCHEDULER, EnginePlacement
 from quire.launcher.installation import TritonInstallation, backend_directory, find_triton
 from quire.settings import ENVIRONMENT_PREFIX, ServingSettings
 
@@ -75,10 +76,15 @@ class Endpoints:
                 try:
                     probe.bind((self.address, port))
                 except (OSError, OverflowError) as error:
-                    reason = error.strerror if isinstance(error, OSError) else str(error)
+                    reason, remedy = str(error), f"choose another port with {flag}"
+                    if isinstance(error, OSError):
+                        reason = error.strerror or reason
+                        if error.errno == errno.EADDRINUSE:
+                            remedy += " or stop what uses it"
+                        elif error.errno != errno.EACCES:
+                            remedy = "choose an address of this machine with --address"
                     raise StartupError(
-                        f"cannot listen on {self.address} port {port} for {purpose} ({reason}); "
-                        f"choose another port with {flag} or stop what uses it"
+                        f"cannot listen on {self.address} port {port} for {purpose} ({reason}); {remedy}"
                     ) from error
 
 
@@ -109,19 +115,29 @@ class LaunchOptions:
     """Fields of `ServingSettings` given for this start; the others come from the repository."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelRepository:
+    """What a start depends on in a model repository."""
+
+    manifest: Manifest
+    engine: EnginePlacement
+    parameters: Mapping[str, str]
+    """The scheduler's, from its config.pbtxt; the other models have the same settings."""
+
+
 def plan_launch(options: LaunchOptions) -> LaunchPlan:
     """Check machine, repository and settings, and work out the command.
 
     Raises:
         StartupError: the sentence says what is wrong and what to do.
     """
-    manifest = check_repository(options.repository)
+    repository = check_repository(options.repository)
     chosen = {ENVIRONMENT_PREFIX + name.upper(): str(value) for name, value in options.settings.items()}
-    settings = _resolved_settings(options.repository, chosen).within(manifest.limits)
+    settings = ServingSettings.read(repository.parameters, {**os.environ, **chosen})
     triton = find_triton()
     triton.check_numpy(importlib.metadata.version("numpy"))
     options.endpoints.check_free()
-    check_shared_memory(manifest, settings)
+    check_shared_memory(repository, settings.within(repository.manifest.limits))
     shm_prefix = f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
     return LaunchPlan(
         argv=_arguments(triton, options, shm_prefix),
@@ -131,57 +147,59 @@ def plan_launch(options: LaunchOptions) -> LaunchPlan:
     )
 
 
-def check_repository(repository: Path) -> Manifest:
-    """Check that a repository is complete, and return its engine's manifest.
+def check_repository(repository: Path) -> ModelRepository:
+    """Read a repository, and check that it is complete.
 
     Raises:
-        StartupError: a file is missing or engine.json is damaged.
+        StartupError: a file is missing, or a config.pbtxt or engine.json is damaged.
     """
     if not repository.is_dir():
         raise StartupError(
             f"there is no model repository at {repository}; "
             f"make one with `quire build CHECKPOINT --output {repository}`"
         )
-    for model in (LLM, SCHEDULER, ENGINE):
-        for needed in (repository / model / "config.pbtxt", repository / model / "1"):
-            if not needed.exists():
-                raise StartupError(
-                    f"{needed} is missing; build the repository with "
-                    f"`quire build CHECKPOINT --output {repository}`"
-                )
-    return read_manifest(repository / ENGINE / "1")
+    for model in (LLM, SCHEDULER):
+        _check_model(repository, model)
+    parameters = _scheduler_parameters(repository)
+    engine = EnginePlacement.read(parameters)
+    _check_model(repository, engine.engine_owner)
+    return ModelRepository(read_manifest(repository / engine.engine_owner / "1"), engine, parameters)
 
 
-def check_shared_memory(manifest: Manifest, settings: ServingSettings) -> None:
+def _check_model(repository: Path, model: str) -> None:
+    for needed in (repository / model / "config.pbtxt", repository / model / "1"):
+        if not needed.exists():
+            raise StartupError(
+                f"{needed} is missing; build the repository with "
+                f"`quire build CHECKPOINT --output {repository}`"
+            )
+
+
+def _scheduler_parameters(repository: Path) -> dict[str, str]:
+    path = repository / SCHEDULER / "config.pbtxt"
+    try:
+        config = text_format.Parse(path.read_text(), ModelConfig())
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise StartupError(f"{path} is damaged ({error}); build the repository again") from error
+    return {name: parameter.string_value for name, parameter in config.parameters.items()}
+
+
+def check_shared_memory(repository: ModelRepository, settings: ServingSettings) -> None:
     """Check that /dev/shm holds the tensors that Triton's processes pass to each other.
 
     Raises:
-        StartupError: it is smaller than one step's logits, sent by the engine and read by the scheduler,
-            and the small tensors need.
+        StartupError: it is smaller than the small tensors need, and one step's logits where a hosted
+            engine sends them and the scheduler reads them.
     """
-    logits_bytes = 4 * settings.max_num_seqs * manifest.model.vocab_size
-    needed = 2 * logits_bytes + 4 * SHM_BYTES_PER_PROCESS
+    needed = 4 * SHM_BYTES_PER_PROCESS
+    if repository.engine is EnginePlacement.HOSTED:
+        needed += 2 * 4 * settings.max_num_seqs * repository.manifest.model.vocab_size
     free = shutil.disk_usage(SHM_DIR).free
     if free < needed:
         raise StartupError(
             f"{SHM_DIR} has {free >> 20} MiB free and serving needs {needed >> 20} MiB; enlarge it (docker "
             "run --shm-size, in Kubernetes a memory emptyDir) or lower --max-num-seqs"
         )
-
-
-def _resolved_settings(repository: Path, chosen: Mapping[str, str]) -> ServingSettings:
-    """The settings as the components will read them.
-
-    Raises:
-        StartupError: the scheduler's config.pbtxt is damaged or a setting is malformed.
-    """
-    path = repository / SCHEDULER / "config.pbtxt"
-    try:
-        config = text_format.Parse(path.read_text(), ModelConfig())
-    except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise StartupError(f"{path} is damaged ({error}); build the repository again") from error
-    parameters = {name: parameter.string_value for name, parameter in config.parameters.items()}
-    return ServingSettings.read(parameters, {**os.environ, **chosen})
 
 
 def _arguments(triton: TritonInstallation, options: LaunchOptions, shm_prefix: str) -> tuple[str, ...]:

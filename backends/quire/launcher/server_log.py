@@ -1,7 +1,8 @@
 """The server's output, cut down to what an operator wants to see.
 
-While models load, everything is held back: if loading fails, one sentence is made from the first line that
-names a cause. Once the server is ready, warnings, errors and whatever isn't Triton's own log go through.
+While models load, only the engine's own lines (its KV pool, its warm-up) go through, and if loading fails,
+one sentence is made from the first line that names a cause. Once the server is ready, warnings, errors and
+whatever isn't Triton's own log go through.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ NUM_LAST_LINES = 20
 _LOG_LINE = re.compile(
     r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?P<source>[\w.]+:\d+)\] +(?P<text>.*)"
 )
+_ENGINE_LINE = re.compile(r"\d{4}-\d\d-\d\d \S+ \w+ quire\.execution\.\w+: .*")
 _LOAD_FAILURE = re.compile(r'"?failed to load \'(?P<model>\w+)\' version \d+: (?P<cause>.*)')
 _TABLE = re.compile(r"[+|].*[+|]|")
 _NO_GPU = re.compile(r"CudaDriverHelper|pinned memory pool will not be available")
@@ -37,7 +39,7 @@ class ServerLog:
     def __init__(self, write: Callable[[str], None], *, verbose: bool = False) -> None:
         self._write = write
         self._verbose = verbose
-        self._open = False
+        self._matters = _matters_while_loading
         self._load_failure: str | None = None
         self._first_error: str | None = None
         self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
@@ -63,11 +65,11 @@ class ServerLog:
 
     def open(self) -> None:
         """From now on, lines go through: the server is ready."""
-        self._open = True
+        self._matters = _matters
 
     def shut(self) -> None:
         """From now on, nothing goes through: a server that is told to stop only says that it does."""
-        self._open = False
+        self._matters = _never_matters
 
     def failure(self) -> str:
         """Why the server did not start, in one sentence."""
@@ -85,7 +87,7 @@ class ServerLog:
         elif entry is None and line.startswith("error: ") and self._first_error is None:
             self._first_error = line.removeprefix("error: ")
         self._last_lines.append(line)
-        if self._verbose or (self._open and _matters(line, entry)):
+        if self._verbose or self._matters(line, entry):
             self._write(line)
 
     def _note_failure(self, entry: re.Match[str]) -> None:
@@ -98,10 +100,18 @@ class ServerLog:
             self._first_error = line.strip('"')
 
 
+def _matters_while_loading(line: str, entry: re.Match[str] | None) -> bool:
+    return _ENGINE_LINE.fullmatch(line) is not None
+
+
 def _matters(line: str, entry: re.Match[str] | None) -> bool:
     if entry is not None:
         return entry["level"] in "WEF" and not _NO_GPU.search(line)
     return not _TABLE.fullmatch(line)
+
+
+def _never_matters(line: str, entry: re.Match[str] | None) -> bool:
+    return False
 
 
 def _first_sentence(cause: str) -> str:

@@ -1,9 +1,9 @@
 """One run of a server: start it, wait until it is ready, and stop it so that nothing is left.
 
 The server runs in a session of its own, because Ctrl-C in a terminal reaches every process of the
-foreground group and the components must live on until they have finished their requests. A first SIGINT
-or SIGTERM drains: the scheduler takes no new requests and answers when the last one has ended; then the
-server gets SIGTERM, and what still lives at the end of the exit timeout is killed. A second signal kills
+foreground group and the components must live on until they have finished their requests. A first SIGINT,
+SIGTERM or SIGHUP drains: the scheduler takes no new requests and answers when the last one has ended; then
+the server gets SIGTERM, and what still lives at the end of the exit timeout is killed. A second signal kills
 at once. Works as process 1 of a container too.
 """
 
@@ -23,7 +23,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 from quire.errors import QuireError, StartupError
-from quire.launcher.plan import SERVER_EXIT_TIMEOUT_S, SHM_DIR, LaunchPlan
+from quire.launcher import shared_memory
+from quire.launcher.plan import SERVER_EXIT_TIMEOUT_S, LaunchPlan
 from quire.launcher.scheduler_control import ask_scheduler
 from quire.launcher.server_log import ServerLog
 from quire.serving.rendezvous import Rendezvous
@@ -75,6 +76,7 @@ class ServerProcess:
         """
         # Stubs whose server was killed become children of this process, which collects them.
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        shared_memory.remove_leftovers()
         with _signals_call(lambda: self._events.put(_Event.STOP)):
             process = self._spawn()
             rendezvous = None
@@ -89,6 +91,7 @@ class ServerProcess:
         self._report("stopped")
 
     def _spawn(self) -> subprocess.Popen[bytes]:
+        lock = shared_memory.hold(self._plan.shm_prefix)
         process = subprocess.Popen(
             self._plan.argv,
             env={**os.environ, **self._plan.environment},
@@ -96,6 +99,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=(lock,),
             # A launcher that was killed cannot stop its server any more.
             preexec_fn=lambda: self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
         )
@@ -195,8 +199,7 @@ class ServerProcess:
             time.sleep(0.01)
         if rendezvous is not None:
             rendezvous.remove()
-        for leftover in SHM_DIR.glob(f"{self._plan.shm_prefix}*"):
-            leftover.unlink(missing_ok=True)
+        shared_memory.remove(self._plan.shm_prefix)
 
 
 def _collect_group(group: int) -> bool:
@@ -215,10 +218,14 @@ _direct_http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @contextlib.contextmanager
 def _signals_call(handler: Callable[[], None]) -> Iterator[None]:
-    """Call `handler` on SIGINT and SIGTERM. `SimpleQueue.put` may be called there: it is reentrant."""
-    previous = {
-        number: signal.signal(number, lambda *_: handler()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    """Call `handler` on SIGINT and SIGTERM, and on SIGHUP (the terminal is closed) unless under nohup.
+
+    `SimpleQueue.put` may be called there: it is reentrant.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, lambda *_: handler()) for number in numbers}
     try:
         yield
     finally:

@@ -203,7 +203,7 @@ class SchedulerChannel:
             return
         now = time.monotonic()
         self._frontends[identity] = _Frontend(hello.frontend, last_heard=now, last_sent=now)
-        _log.info("frontend %s connected", hello.frontend)
+        _log.info("%s connected", hello.frontend)
         self._send(identity, Welcome(self.scheduler_id))
 
     def _send_waiting(self) -> None:
@@ -230,7 +230,7 @@ class SchedulerChannel:
 
     def _lose(self, identity: bytes) -> None:
         if frontend := self._frontends.pop(identity, None):
-            _log.warning("frontend %s is gone", frontend.name)
+            _log.warning("%s is gone", frontend.name)
             self._deliver(identity, FrontendLost())
 
     def _deliver(self, identity: bytes, event: Submit | Abort | FrontendLost) -> None:
@@ -344,7 +344,9 @@ class FrontendChannel:
             was_connected = self._welcomed.is_set()
             self._welcomed.clear()
         if was_connected:
-            _log.warning("the scheduler is gone; %d requests end with it", len(ended.outstanding))
+            # Without requests it is most likely the server that stops.
+            level = logging.WARNING if ended.outstanding else logging.INFO
+            _log.log(level, "the scheduler is gone; %d requests end with it", len(ended.outstanding))
         for request_id in ended.outstanding:
             _report(self._on_lost, request_id)
 

@@ -1,4 +1,4 @@
-"""What the three components have in common: what Triton tells them, and the server that they belong to."""
+"""What the components have in common: what Triton tells them, and the server that they belong to."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quire.interface import EnginePlacement
 from quire.serving.rendezvous import Rendezvous
-from quire.serving.watchdog import exit_with_server
+from quire.serving.watchdog import exit_with_server, server_of_this_stub
 from quire.settings import ServingSettings
 
 
@@ -36,9 +37,24 @@ class ComponentArguments:
             parameters={name: value["string_value"] for name, value in config.get("parameters", {}).items()},
         )
 
-    def version_dir(self, model_name: str) -> Path:
-        """The folder with the files of a model of the same repository."""
-        return self.repository / model_name / self.model_version
+    @property
+    def files_dir(self) -> Path:
+        """The folder with this model's files."""
+        return self.repository / self.model_name / self.model_version
+
+    @property
+    def engine_placement(self) -> EnginePlacement:
+        """Where this repository's engine runs.
+
+        Raises:
+            StartupError: the repository doesn't say.
+        """
+        return EnginePlacement.read(self.parameters)
+
+    @property
+    def engine_dir(self) -> Path:
+        """The folder with the engine and its manifest, whichever model has it."""
+        return self.repository / self.engine_placement.engine_owner / self.model_version
 
     def settings(self) -> ServingSettings:
         """The serving settings of this start.
@@ -56,7 +72,7 @@ def join_server() -> Rendezvous:
         StartupError: the folder cannot be used.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    server_pid = os.getppid()
+    server_pid = server_of_this_stub()
     rendezvous = Rendezvous.for_server(server_pid)
     exit_with_server(server_pid, rendezvous.close)
     return rendezvous

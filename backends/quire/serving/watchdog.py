@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+STUB_NAME = "triton_python_backend_stub"
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -56,6 +58,19 @@ class Process:
                 poll.poll()
             os.close(descriptor)
         call()
+
+
+def server_of_this_stub() -> int:
+    """Process id of the server that started this stub; ends this process if the server is gone already.
+
+    The parent alone doesn't tell: a stub whose server was killed while it loaded has another one, which lives
+    on. Triton names the server among the stub's arguments too.
+    """
+    parent = os.getppid()
+    command, *arguments = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    if Path(os.fsdecode(command)).name == STUB_NAME and str(parent).encode() not in arguments:
+        os._exit(1)
+    return parent
 
 
 def exit_with_server(server_pid: int, clean_up: Callable[[], None]) -> None:

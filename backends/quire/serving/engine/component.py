@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from quire.errors import QuireError
-from quire.execution.manifest import EngineLimits, read_manifest
+from quire.execution.manifest import read_manifest
 from quire.execution.model_inputs import ModelInputs
-from quire.execution.openvino import OpenVINOEngine
 from quire.interface import STEP_INPUTS
 from quire.serving.component import ComponentArguments, join_server
+from quire.serving.engine.loading import load_engine
 from quire.serving.tensors import Arrays, check_access, error_response, input_arrays, response
 
 
@@ -28,17 +28,9 @@ class EngineComponent:
     """
 
     def __init__(self, arguments: ComponentArguments) -> None:
-        engine_dir = arguments.version_dir(arguments.model_name)
-        settings = arguments.settings().within(read_manifest(engine_dir).limits)
+        settings = arguments.settings().within(read_manifest(arguments.engine_dir).limits)
         self._rendezvous = join_server()
-        self._engine = OpenVINOEngine(
-            engine_dir,
-            kv_cache_bytes=settings.kv_cache_bytes,
-            threads=settings.threads,
-            limits=EngineLimits(
-                settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len
-            ),
-        )
+        self._engine = load_engine(arguments.engine_dir, settings)
         self._rendezvous.announce_engine()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

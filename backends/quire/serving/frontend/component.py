@@ -18,7 +18,6 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from quire.errors import QuireError
 from quire.execution.manifest import read_manifest
-from quire.interface import ENGINE
 from quire.serving.channel import FrontendChannel
 from quire.serving.component import ComponentArguments, join_server
 from quire.serving.frontend.generation_defaults import GenerationDefaults
@@ -47,8 +46,8 @@ class Frontend:
     """
 
     def __init__(self, arguments: ComponentArguments) -> None:
-        files = arguments.version_dir(arguments.model_name)
-        manifest = read_manifest(arguments.version_dir(ENGINE))
+        files = arguments.files_dir
+        manifest = read_manifest(arguments.engine_dir)
         tokenizer = Tokenizer.from_directory(files)
         self._parser = RequestParser(
             tokenizer,

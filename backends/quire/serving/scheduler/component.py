@@ -13,13 +13,14 @@ import msgspec
 
 from quire.engine_core import EngineCore
 from quire.errors import InvalidRequestError, QuireError
-from quire.execution.executor import PoolInfo
+from quire.execution.executor import Executor, PoolInfo
 from quire.execution.manifest import Manifest, read_manifest
 from quire.execution.sampler import Sampler
-from quire.interface import ENGINE
+from quire.interface import EnginePlacement
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire.serving.channel import SchedulerChannel
 from quire.serving.component import ComponentArguments, join_server
+from quire.serving.rendezvous import Rendezvous
 from quire.serving.scheduler.metrics import MetricsReporter
 from quire.serving.scheduler.step_loop import StepLoop
 from quire.serving.scheduler.triton_executor import TritonExecutor
@@ -30,18 +31,19 @@ from quire.settings import ServingSettings
 class SchedulerComponent:
     """The one instance of the model `scheduler`.
 
-    The engine may load later than this model, and cannot be called before; the step loop waits for it.
+    An engine in this process is loaded before Triton calls this model ready. A hosted one may load later and
+    cannot be called before; the step loop waits for it.
 
     Raises:
         StartupError: a setting is malformed or beyond the engine's limits, or engine.json doesn't fit.
     """
 
     def __init__(self, arguments: ComponentArguments) -> None:
-        manifest = read_manifest(arguments.version_dir(ENGINE))
+        manifest = read_manifest(arguments.engine_dir)
         settings = arguments.settings().within(manifest.limits)
         self._rendezvous = join_server()
+        executor = _executor(arguments, settings, self._rendezvous)
         self._channel = SchedulerChannel(self._rendezvous)
-        executor = TritonExecutor(self._rendezvous)
 
         def make_core(pool: PoolInfo) -> EngineCore:
             config = _scheduler_config(manifest, settings, pool, overlap=executor.token_feedback)
@@ -81,14 +83,27 @@ class SchedulerComponent:
         raise InvalidRequestError(f"command is {command!r}; it must be statistics or drain")
 
 
+def _executor(arguments: ComponentArguments, settings: ServingSettings, rendezvous: Rendezvous) -> Executor:
+    """The way to this repository's engine. Only one in this process needs its runtime to be imported."""
+    if arguments.engine_placement is EnginePlacement.HOSTED:
+        return TritonExecutor(rendezvous)
+    from quire.execution.openvino import OpenVINOExecutor
+    from quire.serving.engine.loading import load_engine
+
+    return OpenVINOExecutor(load_engine(arguments.engine_dir, settings))
+
+
 def _scheduler_config(
     manifest: Manifest, settings: ServingSettings, pool: PoolInfo, *, overlap: bool
 ) -> SchedulerConfig:
     """How this server schedules.
 
     Overlapping pays only where a step can be submitted before the tokens of the one before are known.
-    Otherwise it gained nothing at batch 1 to 128, and a request that arrives during a step has to wait for
-    the end of the next one, which is decided already.
+    Otherwise a request that arrives during a step has to wait for the end of the next one, which is decided
+    already, and there is little to win: nothing with a hosted engine, 0 to 5% of a turn with one in this
+    process at batch 1 to 256. Served to 256 streams that was no more tokens a second, and half as long again
+    until the first token (checkpoints/quire-small on 2 cores; engine_placement.py and serving.py in
+    tests/benchmarks).
     """
     return SchedulerConfig(
         num_blocks=pool.num_blocks,
