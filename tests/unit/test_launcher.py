@@ -27,7 +27,7 @@ from quire.execution.manifest import (
 )
 from quire.interface import EnginePlacement
 from quire.launcher import installation
-from quire.launcher.installation import STUB_NAME, TritonInstallation, backend_directory, find_triton
+from quire.launcher.installation import TritonInstallation, backend_directory, find_triton
 from quire.launcher.plan import (
     Endpoints,
     LaunchOptions,
@@ -36,6 +36,7 @@ from quire.launcher.plan import (
     check_shared_memory,
     plan_launch,
 )
+from quire.serving.watchdog import STUB_NAME
 from quire.settings import ServingSettings
 
 MANIFEST = Manifest(
