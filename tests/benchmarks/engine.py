@@ -130,7 +130,7 @@ class Rounds:
 def _compare(rounds: list[Round], figure: str) -> dict[str, Any]:
     """Median and rounds of each contender for one figure, and the ratio of Quire's median to the peer's."""
     samples = {name: [_rounded(round_[name][figure]) for round_ in rounds] for name in rounds[0]}
-    medians = {name: statistics.median(values) for name, values in samples.items()}
+    medians = {name: _rounded(statistics.median(values)) for name, values in samples.items()}
     result: dict[str, Any] = {**medians, "rounds": samples}
     if "vllm" in medians:
         result["ratio"] = round(medians["quire"] / medians["vllm"], 3)
