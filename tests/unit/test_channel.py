@@ -237,7 +237,7 @@ def test_a_killed_scheduler_is_noticed_at_once(wiring: Wiring) -> None:
     assert scheduler.stdout.readline() == "got a\n"
     scheduler.kill()
     assert frontend.next() == "a"  # long before the peer counts as silent
-    assert not frontend.channel.connected
+    assert not frontend.channel.wait_connected(0)
 
 
 def test_a_scheduler_that_hangs_is_noticed_by_its_silence(wiring: Wiring) -> None:

@@ -13,9 +13,9 @@ PATIENCE_S = 30
 
 def test_gauges_follow_and_counters_only_grow() -> None:
     readings = [
-        LoopStatistics([], False, 0, running_requests=3, steps=10),
-        LoopStatistics([], False, 0, running_requests=1, steps=25),
-        LoopStatistics([], False, 0, running_requests=1, steps=4),  # a new scheduler counts anew
+        LoopStatistics([], False, 0, 0, running_requests=3, steps=10),
+        LoopStatistics([], False, 0, 0, running_requests=1, steps=25),
+        LoopStatistics([], False, 0, 0, running_requests=1, steps=4),  # a new scheduler counts anew
     ]
     with inside_triton("scheduler.metrics") as (triton, [metrics]):
         metrics.UPDATE_INTERVAL_S = 0.001
@@ -24,7 +24,7 @@ def test_gauges_follow_and_counters_only_grow() -> None:
         def read() -> LoopStatistics:
             if not readings:
                 done.set()
-                return LoopStatistics([], False, 0, running_requests=1, steps=4)
+                return LoopStatistics([], False, 0, 0, running_requests=1, steps=4)
             return readings.pop(0)
 
         reporter = metrics.MetricsReporter(read)

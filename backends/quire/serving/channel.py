@@ -290,11 +290,6 @@ class FrontendChannel:
         self._thread = threading.Thread(target=self._run, name="quire-channel", daemon=True)
         self._thread.start()
 
-    @property
-    def connected(self) -> bool:
-        """Whether a scheduler answers."""
-        return self._welcomed.is_set()
-
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait until a scheduler answers; whether it did within `timeout_s`."""
         return self._welcomed.wait(timeout_s)

@@ -53,7 +53,7 @@ class _Tokens:
 
 @dataclass(slots=True)
 class LoopStatistics:
-    """The state of the loop and its counters; all but the first three are 0 until the engine has answered.
+    """The state of the loop and its counters; all but the first four are 0 until the engine has answered.
 
     The counters begin anew when the engine was lost.
     """
@@ -63,6 +63,8 @@ class LoopStatistics:
     draining: bool
     malformed_messages: int
     """Messages from frontends that could not be decoded."""
+    messages_without_key: int
+    """Messages from peers that have not shown the access key."""
     running_requests: int = 0
     waiting_requests: int = 0
     blocks: int = 0
@@ -129,8 +131,8 @@ class StepLoop:
 
     def statistics(self) -> LoopStatistics:
         """What can be told at this moment; read without stopping the loop."""
-        channel = self._channel
-        statistics = LoopStatistics(channel.frontends, self._draining, channel.statistics.malformed)
+        seen = self._channel.statistics
+        statistics = LoopStatistics(self._channel.frontends, self._draining, seen.malformed, seen.strangers)
         if core := self.core:
             scheduler = core.scheduler
             statistics.running_requests = scheduler.num_running
