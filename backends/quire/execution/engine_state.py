@@ -1,0 +1,28 @@
+"""What a TensorRT plan keeps between steps besides the KV pool: one small buffer, `engine_state`.
+
+The buffer belongs to whoever binds the inputs, like the pool; the plan's kernels read and write it in
+place. Its first element, the number of the pool's blocks, is written by the binder before every step; the rest
+starts as zeros and is the kernels' own. The kernels take their offsets from here.
+"""
+
+from __future__ import annotations
+
+MAX_POOLS = 8
+"""Tensors that a pool may be cut into: a tensor has fewer than 2**31 elements, of 8 bytes each."""
+
+NUM_BLOCKS_BYTE = 0
+"""int64: blocks in the pool, the null block included. No plan believes more than it was built for."""
+EPOCH_BYTE = 8
+"""int32: the pool's epoch, 0 until the first step has put the binder's candidate there."""
+POOL_OFFSETS_BYTE = 64
+"""int64 [MAX_POOLS]: where pool i starts, in elements of the KV type from pool 0; written by every step."""
+COUNTERS_BYTE = 128
+"""int32 [NUM_COUNTERS]: how many splits of a tile are done; zero between kernels."""
+NUM_COUNTERS = 16384
+SAMPLED_IDS_BYTE = COUNTERS_BYTE + 4 * NUM_COUNTERS
+"""int32 [max_num_seqs]: the tokens that the last step sampled, by row of its logits."""
+
+
+def engine_state_elements(max_num_seqs: int) -> int:
+    """Size of the buffer in int64 elements."""
+    return (SAMPLED_IDS_BYTE + 4 * max_num_seqs + 7) // 8

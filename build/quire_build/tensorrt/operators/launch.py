@@ -1,0 +1,85 @@
+"""What an operator of a lowered graph is: its outputs, and the launch that given input shapes ask for.
+
+Sizes may be plain integers, as the tests run them in the Triton language's interpreter, or TensorRT's
+symbolic ones, which a plan evaluates at every step: hence the arithmetic is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+MODEL = "model"
+"""Stands for the element type that weights, activations and the pool share."""
+
+Shape = Sequence[Any]
+"""Sizes, plain or symbolic."""
+
+
+class Arithmetic(Protocol):
+    """What sizes need beyond the operators +, - and // with an integer on the right."""
+
+    def constant(self, value: int) -> Any:
+        """A size that does not depend on the step."""
+
+    def larger(self, first: Any, second: int) -> Any:
+        """The larger of the two."""
+
+    def ceil_div(self, first: Any, second: int) -> Any:
+        """``first / second``, rounded up."""
+
+
+class PlainArithmetic:
+    """`Arithmetic` on Python's integers."""
+
+    def constant(self, value: int) -> int:
+        """``value`` itself."""
+        return value
+
+    def larger(self, first: int, second: int) -> int:
+        """The larger of the two."""
+        return max(first, second)
+
+    def ceil_div(self, first: int, second: int) -> int:
+        """``first / second``, rounded up."""
+        return -(-first // second)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: a ``triton.jit`` function; its parameters are the operator's inputs, integers and outputs.
+        types: of those parameters, in the Triton language's words, MODEL where the model's type belongs.
+        constants: its ``constexpr`` parameters.
+        grid: programs along each axis.
+        integers: its integer parameters.
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    grid: tuple[Any, ...]
+    integers: tuple[Any, ...]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+class Operator(Protocol):
+    """An operator with its attributes: dataclass fields of type int or float."""
+
+    INPUTS: ClassVar[tuple[str, ...]]
+    NUM_OUTPUTS: ClassVar[int]
+
+    def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
+        """Shape and element type (MODEL or "fp32") of each output, given the inputs' shapes."""
+
+    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic) -> Launch:
+        """The launch for inputs of these shapes."""
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
