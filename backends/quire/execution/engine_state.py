@@ -1,8 +1,8 @@
 """What a TensorRT plan keeps between steps besides the KV pool: one small buffer, `engine_state`.
 
 The buffer belongs to whoever binds the inputs, like the pool; the plan's kernels read and write it in
-place. Its first element, the number of the pool's blocks, is written by the binder before every step; the rest
-starts as zeros and is the kernels' own. The kernels take their offsets from here.
+place. Its first element, the number of the pool's blocks, is written by the binder before every step; the
+rest starts as zeros and is the kernels' own. The kernels take their offsets from here.
 """
 
 from __future__ import annotations

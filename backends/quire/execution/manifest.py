@@ -16,8 +16,8 @@ from quire.errors import ManifestError
 
 MANIFEST_VERSION = 1
 
-Runtime = Literal["openvino", "torch"]
-Precision = Literal["float32", "bf16"]
+Runtime = Literal["openvino", "tensorrt", "torch"]
+Precision = Literal["float32", "bf16", "fp16", "int8", "fp8"]
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -40,6 +40,24 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_num_seqs: Positive
     max_num_batched_tokens: Positive
     max_model_len: Positive
+
+
+class PlanDetails(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What has to be known to drive a TensorRT plan."""
+
+    max_blocks: Positive
+    """Blocks of the largest pool that the plan can address, the null block included."""
+    num_pools: Positive
+    """Tensors that the pool is cut into: kv_cache.0 and so on."""
+    blocks_per_pool: Positive
+    """Blocks in each of them but the last, which may have fewer."""
+    profiles: tuple[tuple[Positive, Positive], ...]
+    """Fewest and most tokens of a step for each optimization profile, ascending and disjoint."""
+    decode_sizes: tuple[Positive, ...]
+    """Numbers of sequences, ascending, that a step of one token each is padded to."""
+    gpu_architecture: Positive
+    """Compute capability, 90 for 9.0."""
+    gpu_name: str
 
 
 class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,6 +91,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, str]
     """SHA-256 of each engine file, by its name beside engine.json."""
     gate: GateReport
+    plan: PlanDetails | None = None
+    """Of a TensorRT engine."""
 
 
 def read_manifest(engine_dir: Path) -> Manifest:
