@@ -1,14 +1,16 @@
 """A lowered graph as a TensorRT network.
 
-The graph says what is computed; what is decided here is in which type, and with which tiles.
+The graph says what is computed; what is decided here is in which type, for how large a pool, and which weight
+a linear layer fetches ahead.
 """
 
 # mypy: disable-error-code="import-not-found"
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import onnx
@@ -17,8 +19,10 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from quire.errors import UnsupportedModelError
+from quire.execution.engine_state import MAX_POOLS
 from quire_build.tensorrt.lowering.attention import POOL
 from quire_build.tensorrt.lowering.graph import attribute
+from quire_build.tensorrt.lowering.step import STATE
 from quire_build.tensorrt.operators import OPERATORS
 
 TABLES = ("cosine", "sine")
@@ -26,29 +30,23 @@ TABLES = ("cosine", "sine")
 
 
 @dataclass(frozen=True)
-class LinearTile:
-    """How a linear layer is cut up; `operators.Linear` says what the fields mean."""
+class PoolLayout:
+    """The pool that a plan is built for: block-major, cut into tensors of whole blocks.
 
-    splits: int
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def decode_tile(n: int, k: int, gated: bool) -> LinearTile:
-    """The tile for steps of at most 16 rows; docs/tensorrt.md has the times it was chosen by.
-
-    Weights of many rows are cut into enough tiles to fill a GPU; with few, K is split as well.
+    Attributes:
+        max_blocks: blocks of the largest pool, the null block included.
+        num_pools: tensors ``kv_cache.0`` and so on.
+        blocks_per_pool: blocks in each of them.
     """
-    if gated:
-        return LinearTile(splits=1, block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=3)
-    if n > 2 * k:
-        return LinearTile(splits=1, block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=5)
-    if n > k:
-        return LinearTile(splits=1, block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=5)
-    return LinearTile(splits=4, block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=3)
+
+    max_blocks: int
+    num_pools: int
+    blocks_per_pool: int
+
+    @property
+    def input_names(self) -> list[str]:
+        """Of the network's inputs."""
+        return [f"{POOL}.{i}" for i in range(self.num_pools)]
 
 
 class NetworkWriter:
@@ -59,9 +57,9 @@ class NetworkWriter:
         model: what `lower` returned, with or without its weights' data.
         weight: the checkpoint's tensors by name, in any type.
         dtype: type of weights, activations and the pool.
-        max_blocks: most blocks that a pool of this plan may have.
-        tile_rows: see `operators.PagedAttend`.
-        linear_tile: from n, k and whether the layer is gated to how it is cut up.
+        pool: how the pool will be bound.
+        max_num_seqs: rows of logits in one step, at most.
+        prefetch_bytes: how much of the next layer's weight a linear layer fetches ahead.
     """
 
     def __init__(
@@ -71,15 +69,15 @@ class NetworkWriter:
         weight: Callable[[str], Tensor],
         *,
         dtype: torch.dtype,
-        max_blocks: int,
-        tile_rows: int = 16,
-        linear_tile: Callable[[int, int, bool], LinearTile] = decode_tile,
+        pool: PoolLayout,
+        max_num_seqs: int,
+        prefetch_bytes: int = 0,
     ) -> None:
         import tensorrt as trt
 
         self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
-        self._dtype, self._max_blocks, self._tile_rows = dtype, max_blocks, tile_rows
-        self._linear_tile = linear_tile
+        self._dtype, self._pool, self._max_num_seqs = dtype, pool, max_num_seqs
+        self._prefetch_bytes = prefetch_bytes
         self._types = {
             torch.bfloat16: trt.bfloat16,
             torch.float16: trt.float16,
@@ -96,6 +94,10 @@ class NetworkWriter:
         }
         self._weights = {initializer.name for initializer in self._graph.initializer} - set(self._integers)
         self._stacks = {node.output[0]: node for node in self._graph.node if node.op_type == "Concat"}
+        linear = [node for node in self._graph.node if node.op_type == "Linear"]
+        self._next_weight = {
+            node.output[0]: following.input[1] for node, following in itertools.pairwise(linear)
+        }
 
     def write(self) -> None:
         """Add inputs, nodes and outputs.
@@ -104,13 +106,7 @@ class NetworkWriter:
             UnsupportedModelError: at a node that a lowered graph should not have.
         """
         for given in self._graph.input:
-            if given.name == POOL:
-                # As wide as elements come, because a dimension must stay below 2**31.
-                tensor = self._network.add_input(POOL, self._trt.int64, (-1,))
-            else:
-                rank = len(given.type.tensor_type.shape.dim)
-                tensor = self._network.add_input(given.name, self._trt.int32, (-1,) * rank)
-            self._tensors[given.name] = tensor
+            self._add_input(given)
         for node in self._graph.node:
             add = getattr(self, f"_add_{node.op_type.lower()}", None)
             if add is None:
@@ -120,6 +116,22 @@ class NetworkWriter:
             tensor = self._tensors[made.name]
             tensor.name = made.name
             self._network.mark_output(tensor)
+
+    def _add_input(self, given: onnx.ValueInfoProto) -> None:
+        if given.name == POOL:
+            # As wide as elements come, because a dimension must stay below 2**31.
+            for name in self._pool.input_names:
+                self._tensors[name] = self._network.add_input(name, self._trt.int64, (-1,))
+            self._tensors[POOL] = self._tensors[self._pool.input_names[0]]
+            return
+        types: dict[int, Any] = {
+            TensorProto.INT32: self._trt.int32,
+            TensorProto.INT64: self._trt.int64,
+            TensorProto.FLOAT: self._trt.float32,
+        }
+        tensor_type = given.type.tensor_type
+        shape = tuple(dim.dim_value or -1 for dim in tensor_type.shape.dim)
+        self._tensors[given.name] = self._network.add_input(given.name, types[tensor_type.elem_type], shape)
 
     def _tensor(self, name: str, rank: int = 0) -> Any:
         """A tensor of the network; weights become constants, with leading ones up to `rank`."""
@@ -177,31 +189,55 @@ class NetworkWriter:
         layer = self._network.add_reduce(data, self._trt.ReduceOperation.SUM, axes, keep)
         self._tensors[node.output[0]] = layer.get_output(0)
 
+    def _add_stepbegin(self, node: NodeProto) -> None:
+        names = self._pool.input_names
+        pools = [self._tensors[name] for name in names + names[:1] * (MAX_POOLS - len(names))]
+        inputs = [self._tensor(name) for name in node.input[:-1]]
+        self._add_own(node, inputs + pools)
+
     def _add_kvwrite(self, node: NodeProto) -> None:
         names = [name or node.input[0] for name in node.input]
-        self._add_own(node, [self._tensor(name) for name in names], max_blocks=self._max_blocks)
+        self._add_own(node, [*(self._tensor(name) for name in names), self._tensors[STATE]])
 
     def _add_pagedattend(self, node: NodeProto) -> None:
-        inputs = [self._tensor(name) for name in node.input]
-        self._add_own(node, inputs, max_blocks=self._max_blocks, tile_rows=self._tile_rows)
+        self._add_own(node, [*(self._tensor(name) for name in node.input), self._tensors[STATE]])
 
     def _add_linear(self, node: NodeProto) -> None:
         x = self._tensor(node.input[0])
         inputs = [self._tensor(name) if name else x for name in node.input]
-        flags = {"normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0}
-        given = {a.name: attribute(node, a.name) for a in node.attribute}
-        tile = self._linear_tile(given["n"], given["k"], bool(given.get("gated")))
-        self._add_own(node, [*inputs, self._tensor(POOL)], **(flags | asdict(tile)))
+        following = self._next_weight.get(node.output[0])
+        ahead = self._tensor(following) if following else x
+        self._add_own(
+            node,
+            [*inputs, self._tensors[STATE], ahead],
+            normed=0,
+            epsilon=0.0,
+            gated=0,
+            adds_residual=0,
+            wide_output=0,
+            prefetch_bytes=self._prefetch_bytes if following else 0,
+        )
 
-    def _add_own(self, node: NodeProto, inputs: list[Any], **decided: Any) -> None:
-        """Add one of our operators, with the attributes that the graph has and those decided here."""
+    def _add_sample(self, node: NodeProto) -> None:
+        self._add_own(node, [self._tensor(name) for name in node.input])
+
+    def _add_own(self, node: NodeProto, inputs: list[Any], **defaults: Any) -> None:
+        """Add one of our operators: what the graph says, what this plan decides, what `defaults` leave."""
         import tensorrt.plugin as trtp
 
         operator = next(operator for operator in OPERATORS if operator.__name__ == node.op_type)
-        values = decided | {a.name: attribute(node, a.name) for a in node.attribute}
+        decided = {
+            "max_blocks": self._pool.max_blocks,
+            "num_pools": self._pool.num_pools,
+            "blocks_per_pool": self._pool.blocks_per_pool,
+            "max_num_seqs": self._max_num_seqs,
+            "kv_element_bytes": self._dtype.itemsize,
+        }
+        values = defaults | decided | {a.name: attribute(node, a.name) for a in node.attribute}
         # TensorRT wants the attributes in the order in which they were registered.
         ordered = {field.name: values[field.name] for field in fields(operator)}  # type: ignore[arg-type]
         plugin = getattr(trtp.op.quire, node.op_type)(*inputs, **ordered)
         layer = self._network.add_plugin(plugin, aot=True)
+        layer.name = f"{node.op_type}:{node.output[0]}"
         for index, name in enumerate(node.output):
             self._tensors[name] = layer.get_output(index)

@@ -5,9 +5,9 @@ then needs no shared library and no Python to run. TensorRT passes each kernel i
 integers it computes from the shapes, then its output pointers, and nulls for the parameters that the Triton
 language appends.
 
-The pool is an ordinary input that `KvWrite` writes through: no output aliases it, because TensorRT may answer
-an alias with a copy. What orders the writes before the reads is that `PagedAttend` needs the queries that
-`KvWrite` rotates.
+The pool and the engine's state are ordinary inputs that kernels write through: no output aliases them,
+because TensorRT may answer an alias with a copy. What orders writes before reads is that each operator
+needs what the one before computed.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -45,25 +45,32 @@ def _register(operator: type[Operator], arch: int) -> None:
     inputs = operator.INPUTS
     attributes = typing.get_type_hints(operator)
     names = [field.name for field in dataclasses.fields(operator)]  # type: ignore[arg-type]
+    own_types = {"fp32": trt.float32, "i32": trt.int32}
     elements = {trt.bfloat16: "bf16", trt.float16: "fp16", trt.float32: "fp32"}
 
     def describe(*descriptions: Any, **values: Any) -> tuple[Any, ...]:
         shapes = [description.shape_expr for description in descriptions]
         return tuple(
-            trtp.from_shape_expr(shape, descriptions[0].dtype if element == MODEL else trt.float32)
+            trtp.from_shape_expr(shape, own_types.get(element, descriptions[0].dtype))
             for shape, element in operator(**values).outputs(shapes)
         )
+
+    def offer(*arguments: Any) -> list[Any]:
+        descriptions, values, outputs = arguments[: len(inputs)], arguments[len(inputs) : -1], arguments[-1]
+        tactics = operator(**dict(zip(names, values, strict=True))).num_tactics
+        types = ", ".join(description.dtype.name for description in (*descriptions, *outputs))
+        # TensorRT wants tactics above 0.
+        return [trtp.AutoTuneCombination(types, "LINEAR", list(range(1, tactics + 1)))]
 
     def implement(*arguments: Any) -> tuple[str, str, Any, Any]:
         descriptions, values = arguments[: len(inputs)], arguments[len(inputs) : -2]
         shapes = [description.shape_expr for description in descriptions]
-        launch = operator(**dict(zip(names, values, strict=True))).launch(shapes, _SymbolicArithmetic())
-        types = {
-            name: kind.replace(MODEL, elements[descriptions[0].dtype]) for name, kind in launch.types.items()
-        }
+        arithmetic, tactic = _SymbolicArithmetic(), arguments[-1]
+        launch = operator(**dict(zip(names, values, strict=True))).launch(shapes, arithmetic, tactic - 1)
+        model_type = elements.get(descriptions[0].dtype, "")
         kernel = compile_kernel(
             launch.kernel,
-            types,
+            {name: kind.replace(MODEL, model_type) for name, kind in launch.types.items()},
             launch.constants,
             arch=arch,
             num_warps=launch.num_warps,
@@ -83,9 +90,11 @@ def _register(operator: type[Operator], arch: int) -> None:
     own = [(name, trtp.TensorDesc) for name in inputs] + [(name, attributes[name]) for name in names]
     outputs = tuple.__class_getitem__((trtp.TensorDesc,) * operator.NUM_OUTPUTS)
     _sign(describe, own, outputs)
+    _sign(offer, [*own, ("outputs", outputs)], list[trtp.AutoTuneCombination])
     result = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
     _sign(implement, [*own, ("outputs", outputs), ("tactic", int)], result)
     trtp.register(plugin)(describe)
+    trtp.autotune(plugin)(offer)
     trtp.aot_impl(plugin)(implement)
 
 

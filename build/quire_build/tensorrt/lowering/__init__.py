@@ -13,6 +13,7 @@ from quire_build.tensorrt.lowering.graph import Graph
 from quire_build.tensorrt.lowering.linear import lower_linear
 from quire_build.tensorrt.lowering.norm import lower_norms
 from quire_build.tensorrt.lowering.residual import lower_residual_sums
+from quire_build.tensorrt.lowering.step import lower_step
 from quire_build.tensorrt.lowering.swiglu import lower_swiglu
 
 
@@ -30,4 +31,5 @@ def lower(model: onnx.ModelProto) -> None:
     lower_residual_sums(graph)
     lower_linear(graph)
     lower_norms(graph)
+    lower_step(graph)
     graph.finish()

@@ -73,11 +73,15 @@ class Operator(Protocol):
     INPUTS: ClassVar[tuple[str, ...]]
     NUM_OUTPUTS: ClassVar[int]
 
-    def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
-        """Shape and element type (MODEL or "fp32") of each output, given the inputs' shapes."""
+    @property
+    def num_tactics(self) -> int:
+        """Ways to compute it, each right for every shape; TensorRT keeps one for each profile."""
 
-    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic) -> Launch:
-        """The launch for inputs of these shapes."""
+    def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
+        """Shape and element type (MODEL, "fp32" or "i32") of each output, given the inputs' shapes."""
+
+    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
+        """The launch for inputs of these shapes in one of the ways."""
 
 
 def power_of_two(n: int) -> int:

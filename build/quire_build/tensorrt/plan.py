@@ -1,0 +1,290 @@
+"""A plan: a lowered model.onnx built by TensorRT for one GPU.
+
+What a step may look like, in optimization profiles, and how large the pool may be, is decided here.
+"""
+
+# mypy: disable-error-code="import-not-found"
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from quire.errors import BuildError
+from quire.execution.engine_state import MAX_POOLS, engine_state_elements
+from quire.execution.manifest import EngineLimits, PlanDetails
+from quire_build.tensorrt.lowering import lower
+from quire_build.tensorrt.network import NetworkWriter, PoolLayout
+from quire_build.tensorrt.plugins import register_plugins
+
+MAJOR_VERSION = "11"
+PROFILE_ENDS = (16, 64, 256)
+"""Tokens at which a profile ends and the next begins: kernels want other tiles beyond."""
+LARGEST_TENSOR = 2**31 - 1
+"""Elements of a tensor, at most."""
+POOL_ELEMENT_BYTES = 8
+
+Progress = Callable[[str], None]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is built for.
+
+    Attributes:
+        dtype: of weights, activations and the pool.
+        limits: largest steps.
+        block_size: tokens of a block, as model.onnx has it.
+        kv_bytes_per_block: of all layers.
+        pool_bytes: size of the pool if whoever binds the inputs gives them their largest shape, as Triton's
+            backend does; 0 if the pool is bound by its address, whatever its size.
+        timing_cache: file in which TensorRT keeps what it measured, read if there and written afterwards.
+        prefetch_bytes: see `NetworkWriter`.
+    """
+
+    dtype: torch.dtype
+    limits: EngineLimits
+    block_size: int
+    kv_bytes_per_block: int
+    pool_bytes: int = 0
+    timing_cache: Path | None = None
+    prefetch_bytes: int = 0
+
+    @property
+    def pool(self) -> PoolLayout:
+        """How the pool is laid out over the plan's inputs.
+
+        Raises:
+            BuildError: no pool of this size can be bound.
+        """
+        if not self.pool_bytes:
+            # Slots are int32.
+            most = (2**31 - 1) // self.block_size
+            return PoolLayout(max_blocks=most, num_pools=1, blocks_per_pool=most)
+        max_blocks = self.pool_bytes // self.kv_bytes_per_block
+        blocks_per_pool = LARGEST_TENSOR * POOL_ELEMENT_BYTES // self.kv_bytes_per_block
+        num_pools = -(-max_blocks // blocks_per_pool)
+        if max_blocks < 2 or num_pools > MAX_POOLS:
+            raise BuildError(
+                f"the KV pool would be {self.pool_bytes} bytes; it must be {2 * self.kv_bytes_per_block} to "
+                f"{MAX_POOLS * blocks_per_pool * self.kv_bytes_per_block}"
+            )
+        return PoolLayout(max_blocks, num_pools, min(blocks_per_pool, max_blocks))
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan in memory.
+
+    Attributes:
+        data: the plan's bytes, in memory of TensorRT's; a buffer.
+        details: what has to be known to drive it.
+        tensorrt_version: that it was built with and must be run with.
+    """
+
+    data: Any = field(repr=False)
+    details: PlanDetails
+    tensorrt_version: str
+
+
+def build_plan(
+    model: onnx.ModelProto,
+    weight: Callable[[str], Tensor],
+    options: PlanOptions,
+    progress: Progress = lambda message: None,
+) -> BuiltPlan:
+    """Lower `model`, in place, and build it on the GPU of this machine.
+
+    Args:
+        model: model.onnx, with or without its weights' data.
+        weight: the checkpoint's tensors by name.
+        options: what to build for.
+        progress: is told about each stage, a line at a time.
+
+    Raises:
+        UnsupportedModelError: naming what a plan cannot run.
+        BuildError: there is no TensorRT or no GPU, or TensorRT failed.
+    """
+    trt = _tensorrt()
+    architecture, gpu_name = _gpu()
+    pool = options.pool
+    progress(f"lowering the graph for {gpu_name}")
+    lower(model)
+    register_plugins(architecture)
+    logger = _Logger(trt)
+    builder = trt.Builder(logger.tensorrt)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS))
+    writer = NetworkWriter(
+        network,
+        model,
+        weight,
+        dtype=options.dtype,
+        pool=pool,
+        max_num_seqs=options.limits.max_num_seqs,
+        prefetch_bytes=options.prefetch_bytes,
+    )
+    writer.write()
+
+    config = builder.create_builder_config()
+    # Kernels write through their inputs and count in one place: one after the other.
+    config.max_aux_streams = 0
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = _progress_monitor(trt, progress)
+    cache = _timing_cache(config, options.timing_cache)
+    ranges = profile_ranges(options.limits)
+    for tokens in ranges:
+        config.add_optimization_profile(_profile(builder, options, pool, tokens))
+    progress(f"building with TensorRT {trt.__version__} for {len(ranges)} ranges of tokens")
+    data = builder.build_serialized_network(network, config)
+    if data is None:
+        raise BuildError(f"TensorRT cannot build the plan: {logger.last_error}")
+    if options.timing_cache is not None:
+        options.timing_cache.write_bytes(bytes(cache.serialize()))
+    details = PlanDetails(
+        max_blocks=pool.max_blocks,
+        num_pools=pool.num_pools,
+        blocks_per_pool=pool.blocks_per_pool,
+        profiles=ranges,
+        decode_sizes=decode_sizes(options.limits.max_num_seqs),
+        gpu_architecture=architecture,
+        gpu_name=gpu_name,
+    )
+    return BuiltPlan(data, details, trt.__version__)
+
+
+def profile_ranges(limits: EngineLimits) -> tuple[tuple[int, int], ...]:
+    """Fewest and most tokens of a step for each profile: disjoint, so that a step fits one."""
+    most = limits.max_num_batched_tokens
+    ends = [*(end for end in PROFILE_ENDS if end < most), most]
+    starts = [1, *(end + 1 for end in ends[:-1])]
+    return tuple(zip(starts, ends, strict=True))
+
+
+def decode_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Numbers of sequences that steps of one token each are padded to: 1, 2, 4, then multiples of 8."""
+    sizes = [size for size in (1, 2, 4, *range(8, max_num_seqs, 8)) if size < max_num_seqs]
+    return (*sizes, max_num_seqs)
+
+
+def _profile(builder: Any, options: PlanOptions, pool: PoolLayout, tokens: tuple[int, int]) -> Any:
+    """Shapes of the steps of one range of tokens: smallest, the one to be fastest at, largest."""
+    fewest, most = tokens
+    limits = options.limits
+    seqs = min(most, limits.max_num_seqs)
+    blocks = -(-limits.max_model_len // options.block_size)
+    shapes = {
+        **dict.fromkeys(("input_ids", "positions", "slot_mapping"), ((fewest,), (most,), (most,))),
+        "block_tables": ((1, 1), (seqs, blocks), (seqs, blocks)),
+        "query_start_loc": ((2,), (seqs + 1,), (seqs + 1,)),
+        "seq_lens": ((1,), (seqs,), (seqs,)),
+        "logits_indices": ((1,), (seqs,), (seqs,)),
+        "sampling": ((1, 5), (seqs, 5), (seqs, 5)),
+        "step": ((2,), (2,), (2,)),
+    }
+    state = engine_state_elements(limits.max_num_seqs)
+    shapes["engine_state"] = ((1,), (state,), (state,))
+    for number, name in enumerate(pool.input_names):
+        elements = 1
+        if options.pool_bytes:
+            blocks_here = min(pool.blocks_per_pool, pool.max_blocks - number * pool.blocks_per_pool)
+            elements = blocks_here * options.kv_bytes_per_block // POOL_ELEMENT_BYTES
+        shapes[name] = ((1,), (1,), (elements,))
+    profile = builder.create_optimization_profile()
+    for name, (smallest, usual, largest) in shapes.items():
+        profile.set_shape(name, smallest, usual, largest)
+    return profile
+
+
+def _timing_cache(config: Any, path: Path | None) -> Any:
+    """A timing cache with what the file holds, if it can be used here."""
+    known = path.read_bytes() if path is not None and path.is_file() else b""
+    cache = config.create_timing_cache(known)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _tensorrt() -> Any:
+    """The module `tensorrt`, of the version that this is written for.
+
+    Raises:
+        BuildError: it is not there, or another one is.
+    """
+    try:
+        import tensorrt as trt
+    except ImportError as error:
+        raise BuildError(
+            f"a TensorRT engine needs the package tensorrt of version {MAJOR_VERSION} ({error}); NVIDIA's "
+            "containers have it, or install it with `pip install tensorrt`"
+        ) from None
+    if trt.__version__.split(".")[0] != MAJOR_VERSION:
+        raise BuildError(f"TensorRT {trt.__version__} is installed; this Quire needs version {MAJOR_VERSION}")
+    return trt
+
+
+def _gpu() -> tuple[int, str]:
+    """Compute capability, 90 for 9.0, and name of the GPU that the plan is for.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise BuildError("a TensorRT engine is built on the GPU that it is for, and this machine has none")
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor, torch.cuda.get_device_name()
+
+
+class _Logger:
+    """TensorRT's messages in Python's log; remembers the last error, which says why a build failed."""
+
+    def __init__(self, trt: Any) -> None:
+        self.last_error = "it does not say why"
+        severity = trt.ILogger.Severity
+        levels = {
+            severity.INTERNAL_ERROR: logging.ERROR,
+            severity.ERROR: logging.ERROR,
+            severity.WARNING: logging.WARNING,
+            severity.INFO: logging.INFO,
+        }
+
+        class Forward(trt.ILogger):  # type: ignore[misc]
+            def log(forward, kind: Any, message: str) -> None:  # noqa: N805
+                level = levels.get(kind, logging.DEBUG)
+                if level == logging.ERROR:
+                    self.last_error = message
+                _log.log(level, "TensorRT: %s", message)
+
+        self.tensorrt = Forward()
+
+
+def _progress_monitor(trt: Any, progress: Progress) -> Any:
+    """Passes the phases of a build on, the top ones only, at every tenth."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            steps = self._steps.get(phase_name)
+            if steps and (step + 1) * 10 // steps > step * 10 // steps:
+                progress(f"{phase_name}: {(step + 1) * 100 // steps}%")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()
