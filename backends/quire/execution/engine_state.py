@@ -9,6 +9,9 @@ from __future__ import annotations
 
 MAX_POOLS = 8
 """Tensors that a pool may be cut into: a tensor has fewer than 2**31 elements, of 8 bytes each."""
+POOL_HEADER_BYTES = 64
+"""What precedes the blocks in every pool tensor but the first, where the null block serves: whoever hosts the
+plan may overwrite the first element of an input."""
 
 NUM_BLOCKS_BYTE = 0
 """int64: blocks in the pool, the null block included. No plan believes more than it was built for."""
