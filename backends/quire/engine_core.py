@@ -162,6 +162,7 @@ class EngineCore:
             self._epoch = pool.epoch
         if pool.epoch != self._epoch or pool.num_blocks != self.scheduler.config.num_blocks:
             raise EngineStepError("the engine was started anew and its KV pool is empty")
+        assert output.logits is not None, "a step without `sampling` returns its logits"
         token_ids = self._sampler.sample(output.logits, step.prepared.sampling)
         self._batch.record(step.prepared, token_ids)
         return token_ids

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from quire.errors import NumericsGateError
 from quire.execution.executor import Executor
 from quire.execution.manifest import EngineLimits, GateReport
+from quire.execution.model_inputs import ModelInputs
 from quire_build.workload import Workload
 
 Precision = Literal["float32", "bf16"]
@@ -57,8 +58,7 @@ def compare(reference: Executor, engine: Executor, workload: Workload, precision
     positions = agreeing = 0
     logit_error = probability_error = 0.0
     while (inputs := workload.next_step()) is not None:
-        expected = reference.submit(inputs).result(STEP_TIMEOUT_S).logits
-        actual = engine.submit(inputs).result(STEP_TIMEOUT_S).logits
+        expected, actual = _logits(reference, inputs), _logits(engine, inputs)
         logit_error = _largest(expected - actual, logit_error)
         probability_error = _largest(_softmax(expected) - _softmax(actual), probability_error)
         agreeing += int((expected.argmax(-1) == actual.argmax(-1)).sum())
@@ -71,6 +71,12 @@ def compare(reference: Executor, engine: Executor, workload: Workload, precision
         top1_agreement=agreeing / positions,
         tolerance=TOLERANCES[precision],
     )
+
+
+def _logits(executor: Executor, inputs: ModelInputs) -> NDArray[np.float32]:
+    logits = executor.submit(inputs).result(STEP_TIMEOUT_S).logits
+    assert logits is not None, "a step without `sampling` returns its logits"
+    return logits
 
 
 def enforce(report: GateReport, precision: Precision) -> None:

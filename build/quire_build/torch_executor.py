@@ -56,7 +56,7 @@ class TorchExecutor:
             logits = self._run(inputs)
         except (RuntimeError, IndexError) as error:
             return FinishedStep(None, EngineStepError(f"step {inputs.step} failed: {error}"))
-        return FinishedStep(StepOutput(logits=logits.numpy(), pool_info=self._pool_info))
+        return FinishedStep(StepOutput(logits.numpy(), None, self._pool_info))
 
     def close(self) -> None:
         """Free the pool."""

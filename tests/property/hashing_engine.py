@@ -92,7 +92,7 @@ class HashingExecutor:
             sequence = int(np.searchsorted(inputs.query_start_loc, token, side="right")) - 1
             context = self._pool[inputs.block_tables[sequence]].reshape(-1)
             logits[row] = context_logits(context[: int(inputs.positions[token]) + 1])
-        return StepOutput(logits, self.pool_info(0))
+        return StepOutput(logits, None, self.pool_info(0))
 
 
 class HashingStep:

@@ -44,7 +44,7 @@ class FakeStep:
         self._logits = logits
 
     def result(self, timeout_s: float) -> StepOutput:
-        return StepOutput(self._logits, PoolInfo(num_blocks=1, epoch=1))
+        return StepOutput(self._logits, None, PoolInfo(num_blocks=1, epoch=1))
 
 
 def _off_by(amount: float) -> Callable[[Logits, ModelInputs], Logits]:

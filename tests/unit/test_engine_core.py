@@ -56,7 +56,9 @@ class CountingStep:
         next_ids = (self._inputs.input_ids[self._inputs.logits_indices] + 1) % VOCAB_SIZE
         logits = np.eye(VOCAB_SIZE, dtype=np.float32)[next_ids]
         return StepOutput(
-            np.full_like(logits, np.nan) if self._executor.broken_logits else logits, self._executor.pool
+            np.full_like(logits, np.nan) if self._executor.broken_logits else logits,
+            None,
+            self._executor.pool,
         )
 
 

@@ -102,7 +102,9 @@ class CountingEngine:
     def submit(self, inputs: ModelInputs) -> FakeStep:
         step = FakeStep()
         following = (inputs.input_ids[inputs.logits_indices] + 1) % VOCAB_SIZE
-        output = StepOutput(np.eye(VOCAB_SIZE, dtype=np.float32)[following], PoolInfo(NUM_BLOCKS, epoch=1))
+        output = StepOutput(
+            np.eye(VOCAB_SIZE, dtype=np.float32)[following], None, PoolInfo(NUM_BLOCKS, epoch=1)
+        )
         if not self.present.is_set():
             step.outcome.put(PeerLostError("the engine's process is gone"))
         else:

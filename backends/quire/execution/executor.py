@@ -23,10 +23,14 @@ class PoolInfo:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What the engine returned for one step."""
+    """What the engine returned for one step: its logits, or the tokens that it sampled from them itself."""
 
-    logits: NDArray[np.float32]
-    """[N, vocab_size], one row for each entry of `logits_indices`; valid until the next step is submitted."""
+    logits: NDArray[np.float32] | None
+    """[N, vocab_size], one row for each entry of `logits_indices`; valid until the next step is submitted.
+    None where `sampled_ids` are given."""
+    sampled_ids: NDArray[np.int32] | None
+    """[N] tokens, valid as long; -1 where the best logit of the row is not a finite number. None where the
+    step's inputs had no `sampling`."""
     pool_info: PoolInfo
 
 
@@ -47,16 +51,31 @@ class StepHandle(Protocol):
 class Executor(Protocol):
     """Runs steps on one engine, in the order in which they were submitted.
 
-    `max_in_flight` (1 or 2) is how many submitted steps may be unfinished. An executor with
-    `token_feedback` keeps the token ids that it sampled last, so that a step may be submitted before
-    the step before has been collected.
+    `max_in_flight` (1 or 2) is how many submitted steps may be uncollected. They are collected in the same
+    order, and the inputs of a step are free for reuse once its result has been returned.
+
+    An executor with `token_feedback` samples itself, by the step's `sampling`, and keeps the token ids of
+    the step that it ran last. A step may so be submitted before the step before has been collected: in
+    `input_ids`, -(r + 1) stands for the token sampled in row r of the step submitted just before. A step
+    without `sampling` returns its logits from any executor.
+
+    After a step failed, in `submit` or in `result`, the caller abandons every handle that it holds and calls
+    `pool_info` before it submits again. Nothing is known then of the tokens sampled last: the next step
+    has no marks.
     """
 
     max_in_flight: int
     token_feedback: bool
 
     def pool_info(self, timeout_s: float) -> PoolInfo:
-        """Wait until the engine can be called, at most `timeout_s`, and ask for its pool."""
+        """Wait until the engine can be called, at most `timeout_s`, and ask for its pool.
+
+        Steps that were submitted and not collected are given up by this call. When it returns, none is under
+        way any more: none writes to the pool or reads its inputs.
+
+        Raises:
+            PeerLostError: the engine cannot be called, or a step is still under way.
+        """
         ...
 
     def submit(self, inputs: ModelInputs) -> StepHandle:

@@ -18,14 +18,15 @@ from quire.execution.manifest import EngineLimits
 class ModelInputs:
     """T tokens of S sequences over a paged KV cache, with N rows of logits wanted.
 
-    Every array is int32 and C-contiguous. The arrays may be views of buffers that the next step but one
-    reuses.
+    Every array is C-contiguous and, but for `sampling`, int32. The arrays may be views of buffers that the
+    next step but one reuses.
     """
 
     step: int
     """Number of the step; an engine behind a queue returns it, so that steps cannot be confused."""
     input_ids: NDArray[np.int32]
-    """[T] tokens, sequence after sequence."""
+    """[T] tokens, sequence after sequence; for an executor with token feedback also marks: -(r + 1) stands
+    for the token sampled in row r of the logits of the step before."""
     positions: NDArray[np.int32]
     """[T] position of each token in its sequence."""
     slot_mapping: NDArray[np.int32]
@@ -38,6 +39,12 @@ class ModelInputs:
     """[S] tokens of each sequence in the cache after this step."""
     logits_indices: NDArray[np.int32]
     """[N] which of the T rows want logits."""
+    sampling: NDArray[np.float32] | None = None
+    """[N, 5] how the engine samples from each row of logits: inverse temperature (0 is greedy), top_k (0 keeps
+    all), top_p, min_p and a uniform number in [0, 1). None asks for the logits in place of tokens."""
+
+
+NUM_SAMPLING_COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +60,20 @@ class InputsCheck:
     num_blocks: int
     limits: EngineLimits
 
-    def __call__(self, inputs: ModelInputs) -> None:
+    def __call__(self, inputs: ModelInputs, num_sampled_before: int = 0) -> None:
         """Check shapes, ranges and that positions and slots follow from tables and lengths.
+
+        Args:
+            inputs: of the step.
+            num_sampled_before: rows that the step before sampled and that `input_ids` may refer to; 0 for an
+                engine without token feedback.
 
         Raises:
             EngineStepError: naming the field, the value and the limit.
         """
         self._check_shapes(inputs)
         num_tokens = len(inputs.input_ids)
-        _check_range("input_ids", inputs.input_ids, 0, self.vocab_size - 1)
+        _check_input_ids(inputs.input_ids, self.vocab_size, num_sampled_before)
         starts = inputs.query_start_loc
         if starts[0] != 0 or starts[-1] != num_tokens:
             raise EngineStepError(
@@ -100,10 +112,21 @@ class InputsCheck:
             "query_start_loc": (num_seqs + 1,),
             "block_tables": (num_seqs, inputs.block_tables.shape[-1]),
         }
+        if inputs.sampling is not None:
+            expected["sampling"] = (len(inputs.logits_indices), NUM_SAMPLING_COLUMNS)
         for name, shape in expected.items():
             actual = getattr(inputs, name).shape
             if actual != shape:
                 raise EngineStepError(f"{name} has shape {list(actual)}; it must have shape {list(shape)}")
+
+
+def _check_input_ids(input_ids: NDArray[np.int32], vocab_size: int, num_sampled_before: int) -> None:
+    """Refuse ids beyond the vocabulary, and marks of rows that the step before did not sample."""
+    smallest, largest = input_ids.min(), input_ids.max()
+    if smallest < -num_sampled_before or largest >= vocab_size:
+        value = smallest if smallest < -num_sampled_before else largest
+        marks = f", or -{num_sampled_before} to -1 for a row of the step before" if num_sampled_before else ""
+        raise EngineStepError(f"input_ids contains {value}; it must be 0 to {vocab_size - 1}{marks}")
 
 
 def _check_range(name: str, values: NDArray[np.int32], low: int, high: int) -> None:

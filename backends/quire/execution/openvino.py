@@ -296,4 +296,4 @@ class OpenVINOStep:
 
     def result(self, timeout_s: float) -> StepOutput:
         """Wait for the step; the logits stay valid until the next one is submitted."""
-        return StepOutput(self._engine.wait(timeout_s), self._engine.pool_info)
+        return StepOutput(self._engine.wait(timeout_s), None, self._engine.pool_info)

@@ -191,7 +191,7 @@ def _step_output(number: int, tensors: list[Any]) -> StepOutput:
     if answered != number:
         raise EngineStepError(f"the engine answered step {answered} in place of step {number}")
     num_blocks, epoch = outputs["pool_info"].tolist()
-    return StepOutput(outputs["logits"], PoolInfo(num_blocks, epoch))
+    return StepOutput(outputs["logits"], None, PoolInfo(num_blocks, epoch))
 
 
 def _padding_step() -> ModelInputs:
