@@ -14,8 +14,9 @@ from quire_build.tensorrt.operators.launch import (
 )
 from quire_build.tensorrt.operators.linear import Linear
 from quire_build.tensorrt.operators.paged_attend import PagedAttend
+from quire_build.tensorrt.operators.step_begin import StepBegin
 
-OPERATORS: tuple[type[Operator], ...] = (KvWrite, PagedAttend, Linear)
+OPERATORS: tuple[type[Operator], ...] = (StepBegin, KvWrite, PagedAttend, Linear)
 
 __all__ = [
     "MODEL",
@@ -28,5 +29,6 @@ __all__ = [
     "PagedAttend",
     "PlainArithmetic",
     "Shape",
+    "StepBegin",
     "power_of_two",
 ]

@@ -40,11 +40,16 @@ class KvWrite:
     )
     NUM_OUTPUTS: ClassVar[int] = 1
 
+    @property
+    def num_tactics(self) -> int:
+        """One way."""
+        return 1
+
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """The rotated queries."""
         return (((shapes[0][0], self.num_heads, self.head_dim), MODEL),)
 
-    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic) -> Launch:
+    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
         """A program for each token and up to 16 of its heads."""
         heads = self.num_heads + 2 * self.num_kv_heads
         heads_per_program = min(16, power_of_two(heads))

@@ -40,6 +40,11 @@ class PagedAttend:
     NUM_OUTPUTS: ClassVar[int] = 3
 
     @property
+    def num_tactics(self) -> int:
+        """One way."""
+        return 1
+
+    @property
     def _tokens_per_tile(self) -> int:
         return self.tile_rows // (self.num_heads // self.num_kv_heads)
 
@@ -57,7 +62,7 @@ class PagedAttend:
             ((rows, self.num_heads), "fp32"),
         )
 
-    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic) -> Launch:
+    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
         """A program for each query tile, KV head and split."""
         tokens, (seqs, blocks_per_table) = shapes[0][0], shapes[1]
         tiles = seqs + (tokens - seqs) // self._tokens_per_tile
