@@ -2,8 +2,9 @@
 
 One call of `EngineCore.step` is one turn of it. Stepped plainly, a turn takes a step through all six.
 Overlapped, a turn schedules and prepares the next step while the engine still computes the one before, whose
-tokens it returns. Which requests run is the scheduler's business, how a step is run the executor's; who
-submitted a request and who wants its tokens is the caller's.
+tokens it returns; with an executor that feeds tokens back it submits it then, too, so that the engine goes
+from step to step without waiting for the loop. Which requests run is the scheduler's business, how a step is
+run the executor's; who submitted a request and who wants its tokens is the caller's.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class EngineCore:
     Args:
         scheduler: decides what each step computes; with `async_scheduling` the loop overlaps.
         executor: runs the steps, on an engine whose pool has the scheduler's blocks.
-        sampler: chooses the tokens.
+        sampler: chooses the tokens, unless the executor does.
         step_timeout_s: how long a step may take before it counts as failed.
     """
 
@@ -78,9 +79,18 @@ class EngineCore:
         self._executor = executor
         self._sampler = sampler
         self._batch = InputBatch(
-            config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.block_size
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_model_len,
+            config.block_size,
+            sampled_by_engine=executor.token_feedback,
         )
-        self._overlap = config.async_scheduling
+        if not config.async_scheduling:
+            self._turn = self._turn_plain
+        elif executor.token_feedback and executor.max_in_flight > 1:
+            self._turn = self._turn_ahead
+        else:
+            self._turn = self._turn_overlapped
         self._step_timeout_s = step_timeout_s
         self._under_way: list[_Step] = []
         self._epoch: int | None = None
@@ -114,17 +124,24 @@ class EngineCore:
                 this core is of no further use.
         """
         try:
-            return self._turn_overlapped() if self._overlap else self._turn()
+            return self._turn()
         except (EngineStepError, PeerLostError) as error:
             return self._recover(error)
 
-    def _turn(self) -> StepResult:
+    def _turn_plain(self) -> StepResult:
         step = self._schedule_and_prepare()
         if step is None:
             return StepResult()
         self._submit(step)
         token_ids = self._collect_and_sample(step)
         return self._update(step, token_ids)
+
+    def _turn_ahead(self) -> StepResult:
+        running = self._under_way[0] if self._under_way else None
+        upcoming = self._schedule_and_prepare()
+        if upcoming:
+            self._submit(upcoming)  # while the engine computes `running`, whose tokens it fills in itself
+        return self._update(running, self._collect_and_sample(running)) if running else StepResult()
 
     def _turn_overlapped(self) -> StepResult:
         running = self._under_way[0] if self._under_way else None
@@ -149,10 +166,11 @@ class EngineCore:
         step.handle = self._executor.submit(step.prepared.inputs)
 
     def _collect_and_sample(self, step: _Step) -> NDArray[np.int32]:
-        """Wait for a submitted step's logits and choose its tokens [N].
+        """Wait for a submitted step, and choose its tokens [N] unless the engine has.
 
         Raises:
-            EngineStepError: the step failed, or its pool is not the one that earlier steps wrote to.
+            EngineStepError: the step failed, its pool is not the one that earlier steps wrote to, or the best
+                logit of a row is not a finite number.
             PeerLostError: the engine is gone.
         """
         assert step.handle is not None
@@ -162,8 +180,14 @@ class EngineCore:
             self._epoch = pool.epoch
         if pool.epoch != self._epoch or pool.num_blocks != self.scheduler.config.num_blocks:
             raise EngineStepError("the engine was started anew and its KV pool is empty")
-        assert output.logits is not None, "a step without `sampling` returns its logits"
-        token_ids = self._sampler.sample(output.logits, step.prepared.sampling)
+        if output.sampled_ids is None:
+            assert output.logits is not None, "a step that was not sampled returns its logits"
+            token_ids = self._sampler.sample(output.logits, step.prepared.sampling)
+        else:
+            token_ids = output.sampled_ids.copy()  # that array is valid until the next step is submitted
+            if token_ids.size and token_ids.min() < 0:
+                row = int(np.flatnonzero(token_ids < 0)[0])
+                raise EngineStepError(f"the best logit of row {row} is not a finite number")
         self._batch.record(step.prepared, token_ids)
         return token_ids
 
@@ -180,7 +204,11 @@ class EngineCore:
         return StepResult(outputs)
 
     def _recover(self, error: QuireError) -> StepResult:
-        """Start over after a failed step: an empty cache, and every running request waiting to be resumed."""
+        """Start over after a failed step: an empty cache, and every running request waiting to be resumed.
+
+        Of two steps in flight both are lost, whichever of them failed: `pool_info` sees to it that neither is
+        under way any more.
+        """
         self.statistics.failed_steps += 1
         lost, self._under_way = self._under_way, []
         self.scheduler.reset_after_pool_loss()

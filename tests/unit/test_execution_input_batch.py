@@ -197,7 +197,7 @@ def test_sampling_parameters_go_with_the_rows_that_sample() -> None:
     step = prepare(batch, output(spans, sampling=[0, 2], new={"g": [1], "d": [2], "c": [3]}))
     sampling = step.sampling
     assert sampling.inverse_temperature.tolist() == [0, 2]
-    assert (sampling.top_k[1], sampling.top_p[1], sampling.min_p[1]) == (7, 0.9, 0.1)
+    assert (sampling.top_k[1], sampling.top_p[1], sampling.min_p[1]) == (7, np.float32(0.9), np.float32(0.1))
     assert sampling.seed[1] == 2**64 - 1
     assert sampling.output_index.tolist() == [0, 0]
     step = prepare(batch, output([(cold, 0, 1), (drawn, 2, 1)], sampling=[0, 1]))

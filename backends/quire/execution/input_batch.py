@@ -3,7 +3,7 @@
 The batch keeps a row for every running request: its block table, its sampling parameters and the token
 sampled for it last. A step's tensors are gathered from the rows; only what the step changed is touched one
 request at a time. In the overlapped loop a step is prepared before the tokens of the step before are
-known: their places hold a mark until `patch` fills them in.
+known: their places hold a mark, until `patch` or an engine with token feedback fills them in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.execution.model_inputs import ModelInputs
+from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS, ModelInputs
 from quire.execution.sampler import SMALLEST_TEMPERATURE, SamplingBatch
 from quire.scheduling.request import Request
 from quire.scheduling.scheduler_output import SchedulerOutput
@@ -53,12 +53,20 @@ class InputBatch:
         max_num_batched_tokens: tokens in one step.
         max_model_len: tokens in one sequence.
         block_size: tokens in one block of the KV pool.
+        sampled_by_engine: whether the steps are for an executor that samples itself, by their `sampling`.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        block_size: int,
+        *,
+        sampled_by_engine: bool = False,
     ) -> None:
         self.block_size = block_size
+        self._sampled_by_engine = sampled_by_engine
         max_blocks = -(-max_model_len // block_size)
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -70,8 +78,8 @@ class InputBatch:
         self._sampling = SamplingBatch(
             inverse_temperature=np.zeros(max_num_seqs, dtype=np.float32),
             top_k=np.zeros(max_num_seqs, dtype=np.int64),
-            top_p=np.zeros(max_num_seqs, dtype=np.float64),
-            min_p=np.zeros(max_num_seqs, dtype=np.float64),
+            top_p=np.zeros(max_num_seqs, dtype=np.float32),
+            min_p=np.zeros(max_num_seqs, dtype=np.float32),
             seed=np.zeros(max_num_seqs, dtype=np.uint64),
             output_index=np.zeros(max_num_seqs, dtype=np.int64),
         )
@@ -80,7 +88,8 @@ class InputBatch:
         self._last_position = np.full(max_num_seqs, -1, dtype=np.int64)
         self._last_sampling_step = np.full(max_num_seqs, -1, dtype=np.int64)
 
-        # Two sets in turn: a step is prepared while the one before is still being computed.
+        # Two sets in turn, whichever way the loop goes: when a step is prepared, the one before may be under
+        # way, but the one before that has been collected.
         self._buffers = [_Buffers(max_num_seqs, max_num_batched_tokens, max_blocks) for _ in range(2)]
         self._count = np.arange(max(max_num_batched_tokens, max_num_seqs), dtype=np.int32)
 
@@ -115,6 +124,9 @@ class InputBatch:
         self._mark_sampled(sampling_rows, sampled_positions)
         parameters = self._sampling.rows(sampling_rows)
         parameters.output_index = sampled_positions - self._num_prompt_tokens[sampling_rows]
+        if self._sampled_by_engine:
+            inputs.sampling = self._buffers[0].sampling[: len(sampling)]
+            parameters.pack(inputs.sampling)
         return PreparedStep(inputs, parameters, sampling_rows)
 
     def record(self, step: PreparedStep, token_ids: NDArray[np.int32]) -> None:
@@ -207,6 +219,7 @@ class _Buffers:
         self._block_tables = np.zeros(max_num_seqs * max_blocks, dtype=np.int32)
         self._query_start_loc = np.zeros(max_num_seqs + 1, dtype=np.int32)
         self._per_seq = np.zeros((2, max_num_seqs), dtype=np.int32)
+        self.sampling = np.zeros((max_num_seqs, NUM_SAMPLING_COLUMNS), dtype=np.float32)
 
     def views(self, step: int, num_tokens: int, num_seqs: int, num_sampled: int) -> ModelInputs:
         """Tensors for so many tokens, sequences and rows of logits; block_tables is flat, of full size."""

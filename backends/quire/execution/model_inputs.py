@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from quire.errors import EngineStepError
 from quire.execution.manifest import EngineLimits
 
+NUM_SAMPLING_COLUMNS = 5
+"""Inverse temperature, top_k, top_p, min_p, uniform number."""
+
 
 @dataclass(slots=True)
 class ModelInputs:
@@ -40,11 +43,8 @@ class ModelInputs:
     logits_indices: NDArray[np.int32]
     """[N] which of the T rows want logits."""
     sampling: NDArray[np.float32] | None = None
-    """[N, 5] how the engine samples from each row of logits: inverse temperature (0 is greedy), top_k (0 keeps
-    all), top_p, min_p and a uniform number in [0, 1). None asks for the logits in place of tokens."""
-
-
-NUM_SAMPLING_COLUMNS = 5
+    """[N, 5] how the engine samples from each row of logits: inverse temperature (0 is greedy), top_k (0
+    keeps all), top_p, min_p and a uniform number in [0, 1). None asks for the logits in place of tokens."""
 
 
 @dataclass(frozen=True, slots=True)

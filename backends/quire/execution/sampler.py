@@ -30,14 +30,17 @@ ELEMENTS_AT_ONCE = 1 << 18
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """How the tokens of N rows of logits are chosen; every array is [N]."""
+    """How the tokens of N rows of logits are chosen; every array is [N].
+
+    Parameters are float32 also where float64 would do: an engine that samples itself gets them so.
+    """
 
     inverse_temperature: NDArray[np.float32]
     """0 is greedy."""
     top_k: NDArray[np.int64]
     """0 keeps all."""
-    top_p: NDArray[np.float64]
-    min_p: NDArray[np.float64]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
     seed: NDArray[np.uint64]
     output_index: NDArray[np.int64]
     """Tokens that the request's output already has."""
@@ -52,6 +55,17 @@ class SamplingBatch:
             self.seed[rows],
             self.output_index[rows],
         )
+
+    def pack(self, tensor: NDArray[np.float32]) -> None:
+        """Write the engine contract's `sampling` tensor [N, 5]; greedy rows need no number, and get 0."""
+        tensor[:, 0] = self.inverse_temperature
+        tensor[:, 1] = self.top_k
+        tensor[:, 2] = self.top_p
+        tensor[:, 3] = self.min_p
+        tensor[:, 4] = 0
+        drawn = np.flatnonzero(self.inverse_temperature)
+        if len(drawn):
+            tensor[drawn, 4] = uniforms(self.seed[drawn], self.output_index[drawn])
 
 
 class Sampler:
