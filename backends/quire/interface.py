@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
 from quire.errors import StartupError
 
-DataType = Literal["BOOL", "UINT8", "INT32", "UINT64", "FP32", "STRING"]
+DataType = Literal["BOOL", "UINT8", "INT32", "INT64", "UINT64", "FP32", "STRING"]
 """Triton's names; in config.pbtxt with `TYPE_` before them. STRING is BYTES on the wire."""
 
 BACKEND = "quire"
@@ -114,3 +114,29 @@ ENGINE_OUTPUTS = (
     TensorSpec("pool_info", "INT32", (2,)),
     TensorSpec("step", "INT32"),
 )
+
+PLAN_INPUTS = (
+    *STEP_INPUTS,
+    TensorSpec("sampling", "FP32", (-1, 5)),
+    TensorSpec("step", "INT32", (2,)),
+    TensorSpec("engine_state", "INT64", (-1,)),
+)
+"""What a TensorRT plan takes besides its pool; `step` is the step's number and a candidate for the epoch."""
+PLAN_OUTPUTS = (
+    TensorSpec("logits", "FP32", (-1, -1)),
+    TensorSpec("sampled_ids", "INT32", (-1,)),
+    TensorSpec("pool_info", "INT32", (2,)),
+    TensorSpec("step_done", "INT32"),
+)
+"""What a plan gives: one row of logits and one token for each entry of `logits_indices`."""
+POOL_INPUT_PREFIX = "kv_cache."
+"""A plan's pool is its inputs `kv_cache.0` and so on, each INT64 [-1]."""
+
+
+def plan_inputs(names: Iterable[str]) -> tuple[TensorSpec, ...]:
+    """A plan's inputs as Triton sees them, by the names that its manifest lists."""
+    specs = {spec.name: spec for spec in PLAN_INPUTS}
+    return tuple(
+        TensorSpec(name, "INT64", (-1,)) if name.startswith(POOL_INPUT_PREFIX) else specs[name]
+        for name in names
+    )

@@ -2,6 +2,8 @@
 
 Tensors and names come from `quire.interface`, parameters from `quire.settings`. config.pbtxt depends on
 nothing but the number of frontends and where the engine runs: neither on the machine nor on the checkpoint.
+Only a TensorRT plan that Triton hosts has a config.pbtxt of its own, which lists the steps to capture as CUDA
+graphs.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from tritonclient.grpc import model_config_pb2
 
 from quire import interface
 from quire.errors import BuildError
+from quire.execution.manifest import Manifest
 from quire.interface import EnginePlacement, TensorSpec
 from quire.settings import ServingSettings
 
 VERSION = "1"
 SCHEDULER_FILE = "README.txt"
 DEFAULT_FRONTENDS = 2
+PLAN_PLATFORM = "tensorrt_plan"
+PLAN_FILE = "model.plan"
 
 
 def engine_dir(repository: Path, engine: EnginePlacement) -> Path:
@@ -30,8 +35,10 @@ def engine_dir(repository: Path, engine: EnginePlacement) -> Path:
     return repository / engine.engine_owner / VERSION
 
 
-def model_configs(frontends: int, engine: EnginePlacement) -> dict[str, model_config_pb2.ModelConfig]:
-    """The configuration of each model, by its name."""
+def model_configs(
+    frontends: int, engine: EnginePlacement, plan: Manifest | None = None
+) -> dict[str, model_config_pb2.ModelConfig]:
+    """The configuration of each model, by its name; `plan` as in `write_configs`."""
     configs = {
         interface.LLM: _model_config(
             interface.LLM,
@@ -57,12 +64,23 @@ def model_configs(frontends: int, engine: EnginePlacement) -> dict[str, model_co
             engine=engine,
         ),
     }
+    if plan is not None:
+        configs[interface.ENGINE] = plan_config(plan)
     return {name: configs[name] for name in engine.models}
 
 
-def write_configs(repository: Path, frontends: int, engine: EnginePlacement) -> None:
-    """Write every model's config.pbtxt and version directory."""
-    for name, config in model_configs(frontends, engine).items():
+def write_configs(
+    repository: Path, frontends: int, engine: EnginePlacement, plan: Manifest | None = None
+) -> None:
+    """Write every model's config.pbtxt and version directory.
+
+    Args:
+        repository: to write to; other files in it stay.
+        frontends: instances of the model `llm`.
+        engine: where the engine runs.
+        plan: the manifest of a TensorRT plan that Triton's own backend hosts; None for any other engine.
+    """
+    for name, config in model_configs(frontends, engine, plan).items():
         (repository / name / VERSION).mkdir(parents=True, exist_ok=True)
         (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
 
@@ -114,7 +132,59 @@ def _is_ours(config: Path) -> bool:
         parsed = text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())
     except (text_format.ParseError, UnicodeDecodeError):
         return False
+    if parsed.platform == PLAN_PLATFORM:
+        return bool(parsed.parameters["engine"].string_value == EnginePlacement.HOSTED)
     return bool(parsed.backend == interface.BACKEND)
+
+
+def plan_config(manifest: Manifest) -> model_config_pb2.ModelConfig:
+    """How Triton's TensorRT backend hosts a plan.
+
+    One instance on one GPU, because the backend gives every instance input buffers of its own and the pool is
+    among them. It picks the profile whose ranges a step fits, and launches a step whose shapes are exactly
+    those of a graph_spec as a CUDA graph.
+    """
+    plan = manifest.plan
+    if plan is None:
+        raise ValueError("the manifest describes no plan")
+    config = model_config_pb2.ModelConfig(
+        name=interface.ENGINE,
+        platform=PLAN_PLATFORM,
+        backend="tensorrt",
+        max_batch_size=0,
+        default_model_filename=PLAN_FILE,
+    )
+    _add_tensors(config, interface.plan_inputs(manifest.inputs), interface.PLAN_OUTPUTS)
+    config.instance_group.add(
+        count=1,
+        kind=model_config_pb2.ModelInstanceGroup.KIND_GPU,
+        gpus=[0],
+        profile=[str(index) for index in range(len(plan.profiles))],
+    )
+    config.optimization.eager_batching = True
+    config.optimization.cuda.graphs = True
+    for size in plan.decode_sizes:
+        spec = config.optimization.cuda.graph_spec.add()
+        shapes = _decode_shapes(manifest, size)
+        for name in manifest.inputs:
+            spec.input[name].dim.extend(shapes.get(name, (1,)))
+    config.parameters["engine"].string_value = EnginePlacement.HOSTED
+    return config
+
+
+def _decode_shapes(manifest: Manifest, size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a step of `size` sequences of one token; what is not named here has one element.
+
+    Block tables are as wide as the longest request's, so that their width doesn't matter.
+    """
+    limits = manifest.limits
+    return {
+        **dict.fromkeys(("input_ids", "positions", "slot_mapping", "seq_lens", "logits_indices"), (size,)),
+        "block_tables": (size, -(-limits.max_model_len // manifest.block_size)),
+        "query_start_loc": (size + 1,),
+        "sampling": (size, 5),
+        "step": (2,),
+    }
 
 
 def _model_config(
@@ -128,12 +198,7 @@ def _model_config(
     decoupled: bool = False,
 ) -> model_config_pb2.ModelConfig:
     config = model_config_pb2.ModelConfig(name=name, backend=interface.BACKEND, max_batch_size=0)
-    for tensor in inputs:
-        config.input.add(
-            name=tensor.name, data_type=_data_type(tensor), dims=tensor.dims, optional=tensor.optional
-        )
-    for tensor in outputs:
-        config.output.add(name=tensor.name, data_type=_data_type(tensor), dims=tensor.dims)
+    _add_tensors(config, inputs, outputs)
     config.instance_group.add(count=instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
     if decoupled:
         config.model_transaction_policy.decoupled = True
@@ -142,6 +207,17 @@ def _model_config(
     for setting in fields(ServingSettings):
         config.parameters[setting.name].string_value = str(setting.default)
     return config
+
+
+def _add_tensors(
+    config: model_config_pb2.ModelConfig, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
+    for tensor in inputs:
+        config.input.add(
+            name=tensor.name, data_type=_data_type(tensor), dims=tensor.dims, optional=tensor.optional
+        )
+    for tensor in outputs:
+        config.output.add(name=tensor.name, data_type=_data_type(tensor), dims=tensor.dims)
 
 
 def _data_type(tensor: TensorSpec) -> int:

@@ -10,6 +10,14 @@ from tritonclient.grpc import model_config_pb2
 
 from quire import interface
 from quire.errors import BuildError, StartupError
+from quire.execution.manifest import (
+    MANIFEST_VERSION,
+    EngineLimits,
+    GateReport,
+    Manifest,
+    ModelDimensions,
+    PlanDetails,
+)
 from quire.interface import EnginePlacement
 from quire.settings import ServingSettings
 from quire_build.repository import (
@@ -104,3 +112,90 @@ def test_a_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(BuildError, match=r"notes\.txt"):
         check_replaceable(tmp_path / "notes.txt")
+
+
+def plan_manifest() -> Manifest:
+    """Of a plan whose pool is two tensors, for requests of at most 100 tokens."""
+    return Manifest(
+        version=MANIFEST_VERSION,
+        model=ModelDimensions("LlamaForCausalLM", 1024, 2, 4, 2, 16),
+        block_size=16,
+        limits=EngineLimits(max_num_seqs=12, max_num_batched_tokens=300, max_model_len=100),
+        precision="bf16",
+        runtime="tensorrt",
+        runtime_version="11.2.1",
+        inputs=(*(spec.name for spec in interface.PLAN_INPUTS), "kv_cache.0", "kv_cache.1"),
+        outputs=tuple(spec.name for spec in interface.PLAN_OUTPUTS),
+        kv_bytes_per_block=8192,
+        checkpoint_digest="",
+        files={},
+        gate=GateReport(1, 0.0, 0.0, 1.0, 1e-3),
+        plan=PlanDetails(
+            max_blocks=90,
+            num_pools=2,
+            blocks_per_pool=50,
+            profiles=((1, 16), (17, 64), (65, 300)),
+            decode_sizes=(1, 2, 4, 8, 12),
+            gpu_architecture=90,
+            gpu_name="NVIDIA H100",
+        ),
+    )
+
+
+def test_a_hosted_plan_is_one_instance_with_every_profile_and_its_own_tensors(tmp_path: Path) -> None:
+    write_configs(tmp_path, 2, EnginePlacement.HOSTED, plan_manifest())
+    configs = read_configs(tmp_path)
+    assert configs["llm"].backend == configs["scheduler"].backend == "quire"
+    engine = configs["engine"]
+    assert (engine.platform, engine.backend, engine.max_batch_size) == ("tensorrt_plan", "tensorrt", 0)
+    assert engine.default_model_filename == "model.plan"
+    [group] = engine.instance_group
+    assert (group.kind, group.count, list(group.gpus)) == (
+        model_config_pb2.ModelInstanceGroup.KIND_GPU,
+        1,
+        [0],
+    )
+    assert list(group.profile) == ["0", "1", "2"]
+    tensors = {tensor.name: tensor for tensor in engine.input}
+    assert tuple(tensors) == plan_manifest().inputs
+    for name in ("engine_state", "kv_cache.0", "kv_cache.1"):
+        assert (tensors[name].data_type, list(tensors[name].dims)) == (model_config_pb2.TYPE_INT64, [-1])
+    assert tensors["sampling"].data_type == model_config_pb2.TYPE_FP32
+    assert [tensor.name for tensor in engine.output] == ["logits", "sampled_ids", "pool_info", "step_done"]
+
+
+def test_each_decode_size_is_captured_with_a_shape_for_every_input(tmp_path: Path) -> None:
+    manifest = plan_manifest()
+    assert manifest.plan is not None
+    write_configs(tmp_path, 2, EnginePlacement.HOSTED, manifest)
+    engine = read_configs(tmp_path)["engine"]
+    assert engine.optimization.cuda.graphs
+    # Output buffers of their own would double the inputs, the pool among them.
+    assert not engine.optimization.cuda.output_copy_stream
+    ranks = {tensor.name: len(tensor.dims) for tensor in engine.input}
+    for size, spec in zip(manifest.plan.decode_sizes, engine.optimization.cuda.graph_spec, strict=True):
+        shapes = {name: list(shape.dim) for name, shape in spec.input.items()}
+        assert spec.batch_size == 0 and not spec.HasField("graph_lower_bound")
+        assert {name: len(shape) for name, shape in shapes.items()} == ranks
+        assert shapes == {
+            "input_ids": [size],
+            "positions": [size],
+            "slot_mapping": [size],
+            "block_tables": [size, 7],
+            "query_start_loc": [size + 1],
+            "seq_lens": [size],
+            "logits_indices": [size],
+            "sampling": [size, 5],
+            "step": [2],
+            "engine_state": [1],
+            "kv_cache.0": [1],
+            "kv_cache.1": [1],
+        }
+
+
+def test_a_hosted_plans_repository_is_replaceable_and_somebody_elses_plan_is_not(tmp_path: Path) -> None:
+    write_configs(tmp_path, 2, EnginePlacement.HOSTED, plan_manifest())
+    check_replaceable(tmp_path)
+    (tmp_path / "engine" / "config.pbtxt").write_text('name: "engine"\nplatform: "tensorrt_plan"\n')
+    with pytest.raises(BuildError, match="engine"):
+        check_replaceable(tmp_path)
