@@ -71,9 +71,14 @@ def main(
 def build(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint: a folder.")],
     output: Annotated[Path, typer.Option(help="Model repository to make.")],
+    runtime: Annotated[
+        Literal["openvino", "tensorrt"],
+        typer.Option(help="openvino for CPUs, tensorrt for the GPU of this machine."),
+    ] = "openvino",
     precision: Annotated[
-        Literal["float32", "bf16"], typer.Option(help="What the engine computes in.")
-    ] = "float32",
+        Literal["float32", "bf16", "fp16"] | None,
+        typer.Option(help="What the engine computes in; default: float32 on CPUs, bf16 on GPUs."),
+    ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048,
     max_model_len: Annotated[
@@ -97,6 +102,7 @@ def build(
         build_repository(
             checkpoint,
             output,
+            runtime=runtime,
             precision=precision,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -132,6 +138,10 @@ def serve(
             help="Size of the KV pool, as in 512MiB; default: by free memory.",
         ),
     ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=0.99, help="Share of a GPU's memory to use, KV pool included."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU runtime.")] = None,
     max_queued_requests: Annotated[
         int | None, typer.Option(min=1, help="Requests that may wait; more are refused.")
@@ -158,6 +168,7 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max_model_len,
         "kv_cache_bytes": kv_cache_bytes,
+        "gpu_memory_utilization": gpu_memory_utilization and round(100 * gpu_memory_utilization),
         "threads": threads,
         "max_queued_requests": max_queued_requests,
         "step_timeout_s": step_timeout_s,

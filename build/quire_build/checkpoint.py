@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,32 @@ def load_decoder(checkpoint: Checkpoint, num_positions: int) -> Decoder:
     if checkpoint.config.tie_word_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
     return decoder.eval().requires_grad_(False)
+
+
+def checkpoint_weights(checkpoint: Checkpoint, num_positions: int) -> Callable[[str], Tensor]:
+    """The decoder's parameters and tables by name, each read when it is asked for, as float32.
+
+    The function raises what `load_decoder` raises.
+    """
+    import torch
+
+    from quire_build.decoder import Decoder
+    from quire_build.rope import cosine_and_sine
+
+    config = checkpoint.config
+    with torch.device("meta"):
+        expected = Decoder(config, num_positions).state_dict()
+    cosine, sine = cosine_and_sine(config.rope, config.head_dim, num_positions)
+    tables = {"cosine": cosine, "sine": sine}
+
+    def weight(name: str) -> Tensor:
+        if name in tables:
+            return tables[name]
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            name = "embed_tokens.weight"
+        return _load_tensor(checkpoint, name, expected[name])
+
+    return weight
 
 
 def _load_tensor(checkpoint: Checkpoint, parameter: str, expected: Tensor) -> Tensor:

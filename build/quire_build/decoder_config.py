@@ -114,6 +114,11 @@ class DecoderConfig:
         stretched = int(self.rope.original_max_position_embeddings * self.rope.factor)
         return max(self.max_position_embeddings, stretched)
 
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers that one token leaves in the KV pool, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """Read a config.json.

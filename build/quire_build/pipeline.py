@@ -7,17 +7,14 @@ what the build would make is left alone, and finding that out needs no torch.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 import quire
-from quire import interface
 from quire.errors import BuildError, ManifestError
 from quire.execution.manifest import (
     MANIFEST_VERSION,
@@ -25,6 +22,7 @@ from quire.execution.manifest import (
     GateReport,
     Manifest,
     ModelDimensions,
+    Precision,
     Runtime,
     file_digest,
     read_manifest,
@@ -34,7 +32,9 @@ from quire.execution.manifest import (
 from quire.interface import EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder_config import DecoderConfig
-from quire_build.gate import TOLERANCES, Precision, compare, describe, enforce, gate_workload
+from quire_build.engine_builder import INSTALL_HINT, BuiltEngine, EngineBuilder, EngineOptions, Progress
+from quire_build.gate import compare, describe, enforce, gate_workload
+from quire_build.openvino_engine import OpenVINOBuilder
 from quire_build.repository import (
     DEFAULT_FRONTENDS,
     check_replaceable,
@@ -44,18 +44,10 @@ from quire_build.repository import (
     write_model_files,
 )
 from quire_build.staging import staged
+from quire_build.tensorrt.builder import TensorRTBuilder
 
-if TYPE_CHECKING:
-    from quire_build.decoder import Decoder
-
-RUNTIME: Runtime = "openvino"
-BLOCK_SIZE = 32
-"""Tokens in a block: the only size that OpenVINO's CPU kernel takes."""
-KV_ELEMENT_BYTES = {"float32": 4, "bf16": 2}
+BUILDERS: Mapping[Runtime, EngineBuilder] = {"openvino": OpenVINOBuilder(), "tensorrt": TensorRTBuilder()}
 RECORD_FILE = "build.json"
-INSTALL_HINT = "install it with `pip install 'quire[build,cpu]'`"
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +67,30 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quire_version: str
     builder_digest: str
     """SHA-256 over the sources that make the output."""
+    runtime: Runtime
     runtime_version: str
+    target: str
+    """The GPU that a plan is for."""
     checkpoint_digest: str
     precision: Precision
     limits: EngineLimits
     frontends: int
     engine: EnginePlacement
+    gpu_memory_utilization: int
 
 
 def build(
     checkpoint: Path,
     output: Path,
     *,
-    precision: Precision = "float32",
+    runtime: Runtime = "openvino",
+    precision: Precision | None = None,
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 2048,
     max_model_len: int | None = None,
     frontends: int = DEFAULT_FRONTENDS,
     engine: EnginePlacement = EnginePlacement.HOSTED,
+    gpu_memory_utilization: int = 90,
     force: bool = False,
     progress: Progress = lambda message: None,
 ) -> BuildResult:
@@ -101,12 +99,14 @@ def build(
     Args:
         checkpoint: config.json, *.safetensors, tokenizer.json and, optionally, generation_config.json.
         output: the repository; replaced as a whole when the build has succeeded, untouched otherwise.
-        precision: of the arithmetic: "float32" or "bf16".
+        runtime: "openvino" for CPUs, "tensorrt" for the GPU of this machine.
+        precision: of the arithmetic; None takes the first of those that the runtime has.
         max_num_seqs: requests in one step, at most.
         max_num_batched_tokens: tokens in one step, at most.
         max_model_len: tokens of prompt and output together, at most; None takes what the model allows.
         frontends: processes that parse, tokenise and stream.
         engine: whether the engine is a Triton model or runs in the scheduler's process.
+        gpu_memory_utilization: percent of the GPU's memory that a plan hosted by Triton is built to take.
         force: build even if `output` is up to date.
         progress: is told about each stage, a line at a time.
 
@@ -122,17 +122,30 @@ def build(
     limits = _limits(source.config, max_num_seqs, max_num_batched_tokens, max_model_len)
     if frontends < 1:
         raise BuildError(f"frontends is {frontends}; it must be at least 1")
-    if precision not in TOLERANCES:
-        raise BuildError(f"precision is {precision!r}; it must be one of {', '.join(TOLERANCES)}")
+    if not 1 <= gpu_memory_utilization <= 99:
+        raise BuildError(f"gpu_memory_utilization is {gpu_memory_utilization}%; it must be 1 to 99")
+    if runtime not in BUILDERS:
+        raise BuildError(f"runtime is {runtime!r}; it must be one of {', '.join(BUILDERS)}")
+    builder = BUILDERS[runtime]
+    precisions = tuple(builder.kv_element_bytes)
+    precision = precision or precisions[0]
+    if precision not in precisions:
+        raise BuildError(
+            f"precision is {precision!r}; for runtime {runtime} it must be one of {', '.join(precisions)}"
+        )
+    options = EngineOptions(precision, limits, engine, gpu_memory_utilization)
     record = BuildRecord(
         quire_version=quire.__version__,
         builder_digest=_builder_digest(),
-        runtime_version=_runtime_version(),
+        runtime=runtime,
+        runtime_version=builder.version(),
+        target=builder.target(),
         checkpoint_digest=source.digest,
         precision=precision,
         limits=limits,
         frontends=frontends,
         engine=engine,
+        gpu_memory_utilization=gpu_memory_utilization,
     )
     if not force and (manifest := _published(output, record, source)) is not None:
         progress(f"{output} is up to date")
@@ -142,31 +155,28 @@ def build(
         write_configs(repository, frontends, engine)
         write_model_files(repository, source.directory, source.serving_files)
         directory = engine_dir(repository, engine)
-        manifest = _build_engine(source, record, directory, progress)
+        manifest = _build_engine(source, record, options, directory, progress)
         (directory / RECORD_FILE).write_bytes(msgspec.json.encode(record))
     progress(f"published {output}")
     return BuildResult(output, manifest, was_up_to_date=False, seconds=time.monotonic() - started)
 
 
-def _build_engine(source: Checkpoint, record: BuildRecord, directory: Path, progress: Progress) -> Manifest:
-    """Export, load and check the engine; afterwards `directory` holds it with its manifest."""
+def _build_engine(
+    source: Checkpoint, record: BuildRecord, options: EngineOptions, directory: Path, progress: Progress
+) -> Manifest:
+    """Build and check the engine; afterwards `directory` holds it with its manifest."""
+    builder = BUILDERS[record.runtime]
     progress("starting torch")
     try:
-        from quire_build.export import GRAPH_FILE, WEIGHTS_FILE, export_onnx
+        import torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise BuildError(f"building needs the package {error.name}; {INSTALL_HINT}") from error
-
-    progress(f"reading {source.directory} ({source.config.architecture})")
-    decoder = load_decoder(source, num_positions=record.limits.max_model_len)
-    parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    progress(f"exporting {parameters / 1e6:.1f}M parameters to {GRAPH_FILE}")
-    export_onnx(decoder, source.config, BLOCK_SIZE, directory)
-    files = {name: file_digest(directory / name) for name in (GRAPH_FILE, WEIGHTS_FILE)}
-    manifest = _manifest(source.config, record, files)
+    built = builder.build(source, options, directory, progress)
+    manifest = _manifest(source.config, record, built, directory)
     write_manifest(manifest, directory)
 
     progress("comparing the engine with the torch module")
-    report = _measure(decoder, source.config, manifest, directory, record.precision)
+    report = _measure(source, manifest, directory, builder)
     progress(describe(report))
     enforce(report, record.precision)
     manifest = msgspec.structs.replace(manifest, gate=report)
@@ -174,28 +184,26 @@ def _build_engine(source: Checkpoint, record: BuildRecord, directory: Path, prog
     return manifest
 
 
-def _measure(
-    decoder: Decoder, config: DecoderConfig, manifest: Manifest, directory: Path, precision: Precision
-) -> GateReport:
+def _measure(source: Checkpoint, manifest: Manifest, directory: Path, builder: EngineBuilder) -> GateReport:
     """Run the numerics gate on the engine as a server would load it."""
-    from quire.execution.openvino import OpenVINOEngine, OpenVINOExecutor
     from quire_build.torch_executor import TorchExecutor
 
-    workload = gate_workload(config.vocab_size, BLOCK_SIZE, manifest.limits)
-    reference = TorchExecutor(decoder, config, workload.num_blocks, BLOCK_SIZE)
-    engine = OpenVINOEngine(
-        directory,
-        kv_cache_bytes=workload.num_blocks * manifest.kv_bytes_per_block,
-        # The pool is made for the workload, not for requests as long as the engine may serve.
-        limits=msgspec.structs.replace(manifest.limits, max_model_len=workload.max_sequence_len),
-        warm_up_s=0.0,
-    )
-    return compare(reference, OpenVINOExecutor(engine), workload, precision)
+    workload = gate_workload(source.config.vocab_size, manifest.block_size, manifest.limits)
+    decoder = load_decoder(source, manifest.limits.max_model_len)
+    reference = TorchExecutor(decoder, source.config, workload.num_blocks, manifest.block_size)
+    engine = builder.executor(directory, manifest, workload)
+    try:
+        return compare(reference, engine, workload, manifest.precision)
+    finally:
+        engine.close()
+        reference.close()
 
 
-def _manifest(config: DecoderConfig, record: BuildRecord, files: dict[str, str]) -> Manifest:
+def _manifest(config: DecoderConfig, record: BuildRecord, built: BuiltEngine, directory: Path) -> Manifest:
     """The engine's manifest with a gate report that says that nothing was measured yet."""
     windows = [window for window in config.sliding_windows if window is not None]
+    builder = BUILDERS[record.runtime]
+    kv_bytes_per_token = config.kv_elements_per_token * builder.kv_element_bytes[record.precision]
     return Manifest(
         version=MANIFEST_VERSION,
         model=ModelDimensions(
@@ -208,30 +216,18 @@ def _manifest(config: DecoderConfig, record: BuildRecord, files: dict[str, str])
             # What loading the engine checks attention with; layers without a window are checked without.
             sliding_window=max(windows) if len(windows) == config.num_layers else None,
         ),
-        block_size=BLOCK_SIZE,
+        block_size=builder.block_size,
         limits=record.limits,
         precision=record.precision,
-        runtime=RUNTIME,
+        runtime=record.runtime,
         runtime_version=record.runtime_version,
-        inputs=tuple(tensor.name for tensor in interface.STEP_INPUTS),
-        outputs=("logits",),
-        kv_bytes_per_block=(
-            2
-            * config.num_layers
-            * config.num_kv_heads
-            * BLOCK_SIZE
-            * config.head_dim
-            * KV_ELEMENT_BYTES[record.precision]
-        ),
+        inputs=built.inputs,
+        outputs=built.outputs,
+        kv_bytes_per_block=kv_bytes_per_token * builder.block_size,
         checkpoint_digest=record.checkpoint_digest,
-        files=files,
-        gate=GateReport(
-            positions=0,
-            max_abs_logit_error=0.0,
-            max_abs_probability_error=0.0,
-            top1_agreement=0.0,
-            tolerance=TOLERANCES[record.precision],
-        ),
+        files={name: file_digest(directory / name) for name in built.files},
+        gate=GateReport(),
+        plan=built.plan,
     )
 
 
@@ -274,17 +270,10 @@ def _limits(
     )
 
 
-def _runtime_version() -> str:
-    try:
-        return importlib.metadata.version(RUNTIME)
-    except importlib.metadata.PackageNotFoundError:
-        raise BuildError(f"building needs the package {RUNTIME}; {INSTALL_HINT}") from None
-
-
 def _builder_digest() -> str:
     quire_package = Path(quire.__file__).parent
     sources = [
-        *sorted(Path(__file__).parent.glob("*.py")),
+        *sorted(Path(__file__).parent.rglob("*.py")),
         *(quire_package / name for name in ("interface.py", "settings.py", "execution/manifest.py")),
     ]
     digest = hashlib.sha256()

@@ -21,10 +21,10 @@ from quire.errors import BuildError
 from quire.execution.engine_state import MAX_POOLS, engine_state_elements
 from quire.execution.manifest import EngineLimits, PlanDetails
 from quire_build.tensorrt.lowering import lower
+from quire_build.tensorrt.machine import tensorrt_module, this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 from quire_build.tensorrt.plugins import register_plugins
 
-MAJOR_VERSION = "11"
 PROFILE_ENDS = (16, 64, 256)
 """Tokens at which a profile ends and the next begins: kernels want other tiles beyond."""
 LARGEST_TENSOR = 2**31 - 1
@@ -113,12 +113,11 @@ def build_plan(
         UnsupportedModelError: naming what a plan cannot run.
         BuildError: there is no TensorRT or no GPU, or TensorRT failed.
     """
-    trt = _tensorrt()
-    architecture, gpu_name = _gpu()
+    trt, gpu = tensorrt_module(), this_gpu()
     pool = options.pool
-    progress(f"lowering the graph for {gpu_name}")
+    progress(f"lowering the graph for {gpu.name}")
     lower(model)
-    register_plugins(architecture)
+    register_plugins(gpu.architecture)
     logger = _Logger(trt)
     builder = trt.Builder(logger.tensorrt)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS))
@@ -154,8 +153,8 @@ def build_plan(
         blocks_per_pool=pool.blocks_per_pool,
         profiles=ranges,
         decode_sizes=decode_sizes(options.limits.max_num_seqs),
-        gpu_architecture=architecture,
-        gpu_name=gpu_name,
+        gpu_architecture=gpu.architecture,
+        gpu_name=gpu.name,
     )
     return BuiltPlan(data, details, trt.__version__)
 
@@ -211,36 +210,6 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
-
-
-def _tensorrt() -> Any:
-    """The module `tensorrt`, of the version that this is written for.
-
-    Raises:
-        BuildError: it is not there, or another one is.
-    """
-    try:
-        import tensorrt as trt
-    except ImportError as error:
-        raise BuildError(
-            f"a TensorRT engine needs the package tensorrt of version {MAJOR_VERSION} ({error}); NVIDIA's "
-            "containers have it, or install it with `pip install tensorrt`"
-        ) from None
-    if trt.__version__.split(".")[0] != MAJOR_VERSION:
-        raise BuildError(f"TensorRT {trt.__version__} is installed; this Quire needs version {MAJOR_VERSION}")
-    return trt
-
-
-def _gpu() -> tuple[int, str]:
-    """Compute capability, 90 for 9.0, and name of the GPU that the plan is for.
-
-    Raises:
-        BuildError: there is none.
-    """
-    if not torch.cuda.is_available():
-        raise BuildError("a TensorRT engine is built on the GPU that it is for, and this machine has none")
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor, torch.cuda.get_device_name()
 
 
 class _Logger:

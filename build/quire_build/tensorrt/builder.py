@@ -1,0 +1,122 @@
+"""Engines for NVIDIA's GPUs: a plan with its weights, built by TensorRT on the GPU that it is for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from quire.errors import BuildError
+from quire.execution.executor import Executor
+from quire.execution.manifest import Manifest, Precision, Runtime
+from quire.interface import EnginePlacement
+from quire_build.checkpoint import Checkpoint, checkpoint_weights
+from quire_build.engine_builder import BuiltEngine, EngineOptions, Progress
+from quire_build.tensorrt.machine import tensorrt_module, this_gpu
+from quire_build.workload import Workload
+
+PLAN_FILE = "model.plan"
+TIMING_CACHE_FILE = "tensorrt-timing-cache"
+PREFETCH_BYTES = 32 << 20
+"""Of the next linear layer's weight, fetched into the L2 cache ahead; docs/tensorrt.md says what it gains."""
+HOST_RESERVE_BYTES = 2 << 30
+"""Left free beside weights and pool of a hosted plan for its activations, the server and CUDA itself."""
+OUTPUTS = ("logits", "sampled_ids", "pool_info", "step_done")
+STEP_INPUTS = (
+    "input_ids",
+    "positions",
+    "slot_mapping",
+    "block_tables",
+    "query_start_loc",
+    "seq_lens",
+    "logits_indices",
+    "sampling",
+    "step",
+    "engine_state",
+)
+
+
+class TensorRTBuilder:
+    """Builds what `quire.execution.tensorrt` and Triton's TensorRT backend run."""
+
+    runtime: Runtime = "tensorrt"
+    block_size = 16
+    kv_element_bytes: Mapping[Precision, int] = {"bf16": 2, "fp16": 2}
+
+    def version(self) -> str:
+        """TensorRT's version."""
+        return str(tensorrt_module().__version__)
+
+    def target(self) -> str:
+        """The GPU's name."""
+        return this_gpu().name
+
+    def build(
+        self, source: Checkpoint, options: EngineOptions, directory: Path, progress: Progress
+    ) -> BuiltEngine:
+        """Lower the graph and build it; weights are read from the checkpoint as they are needed."""
+        import torch
+
+        from quire_build.export import export_graph
+        from quire_build.tensorrt.plan import PlanOptions, build_plan
+
+        config, limits = source.config, options.limits
+        progress(f"exporting the graph of {source.directory} ({config.architecture})")
+        graph = export_graph(config, self.block_size, limits.max_model_len)
+        element_bytes = self.kv_element_bytes[options.precision]
+        parameters = sum(math.prod(weight.dims) for weight in graph.graph.initializer)
+        plan_options = PlanOptions(
+            dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[options.precision],
+            limits=limits,
+            block_size=self.block_size,
+            kv_bytes_per_block=config.kv_elements_per_token * self.block_size * element_bytes,
+            pool_bytes=self._hosted_pool_bytes(options, parameters * element_bytes),
+            timing_cache=_cache_directory() / TIMING_CACHE_FILE,
+            prefetch_bytes=PREFETCH_BYTES,
+        )
+        weight = checkpoint_weights(source, limits.max_model_len)
+        plan = build_plan(graph, weight, plan_options, progress)
+        (directory / PLAN_FILE).write_bytes(plan.data)
+        pools = tuple(f"kv_cache.{i}" for i in range(plan.details.num_pools))
+        return BuiltEngine((PLAN_FILE,), (*STEP_INPUTS, *pools), OUTPUTS, plan.details)
+
+    def executor(self, directory: Path, manifest: Manifest, workload: Workload) -> Executor:
+        """The plan with a pool that is made for the workload."""
+        from quire.execution.tensorrt import load_plan
+
+        return load_plan(
+            directory,
+            kv_cache_bytes=workload.num_blocks * manifest.kv_bytes_per_block,
+            limits=msgspec.structs.replace(manifest.limits, max_model_len=workload.max_sequence_len),
+            return_logits=True,
+        )
+
+    def _hosted_pool_bytes(self, options: EngineOptions, weight_bytes: int) -> int:
+        """Size of the pool that Triton will allocate with the plan; 0 where the scheduler's process does.
+
+        Raises:
+            BuildError: the weights leave nothing.
+        """
+        if options.placement is not EnginePlacement.HOSTED:
+            return 0
+        gpu = this_gpu()
+        allowed = gpu.memory_bytes * options.gpu_memory_utilization // 100
+        pool_bytes = allowed - weight_bytes - HOST_RESERVE_BYTES
+        if pool_bytes <= 0:
+            raise BuildError(
+                f"{options.gpu_memory_utilization}% of the GPU's memory are {allowed} bytes, but the weights "
+                f"take {weight_bytes} and {HOST_RESERVE_BYTES} are kept for activations: nothing is left for "
+                "the KV pool"
+            )
+        return pool_bytes
+
+
+def _cache_directory() -> Path:
+    """Where timing caches are kept between builds."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(base) / "quire"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
