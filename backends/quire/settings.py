@@ -27,7 +27,10 @@ class ServingSettings:
     max_model_len: int = 0
     """Tokens of prompt and output of one request; 0 takes the engine's limit."""
     kv_cache_bytes: int = 0
-    """Size of the KV pool in bytes; 0 takes a fraction of the free memory, with a cap."""
+    """Size of the KV pool in bytes; 0 takes a fraction of the free memory, with a cap, or of a GPU's memory
+    what `gpu_memory_utilization` leaves."""
+    gpu_memory_utilization: int = 90
+    """Percent of a GPU's memory that may be in use once the KV pool is there, 1 to 99."""
     threads: int = 0
     """Threads of the CPU runtime; 0 takes the cores that this process may use."""
     max_queued_requests: int = 4096
@@ -40,7 +43,7 @@ class ServingSettings:
         """Take each setting from the environment, else from the model's parameters, else its default.
 
         Raises:
-            SettingsError: a value is not a whole number of at least 0.
+            SettingsError: a value is not a whole number of at least 0, or not in its range.
         """
         values: dict[str, int] = {}
         for field in fields(cls):
@@ -55,7 +58,12 @@ class ServingSettings:
             if not text.isascii() or not text.isdigit():
                 raise SettingsError(f"{source} is {text!r}; it must be a whole number of at least 0")
             values[field.name] = int(text)
-        return cls(**values)
+        settings = cls(**values)
+        if not 1 <= settings.gpu_memory_utilization <= 99:
+            raise SettingsError(
+                f"gpu_memory_utilization is {settings.gpu_memory_utilization} percent; it must be 1 to 99"
+            )
+        return settings
 
     def within(self, limits: EngineLimits) -> ServingSettings:
         """Fill in the engine's limits where none is set, and refuse what exceeds them.

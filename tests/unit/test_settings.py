@@ -25,3 +25,15 @@ def test_a_step_that_cannot_hold_a_token_of_every_request_is_refused() -> None:
 def test_as_many_tokens_as_requests_are_enough() -> None:
     resolved = ServingSettings(max_num_seqs=5, max_num_batched_tokens=5).within(LIMITS)
     assert resolved.max_num_batched_tokens == 5
+
+
+def test_a_share_of_the_gpus_memory_is_in_percent() -> None:
+    assert ServingSettings.read({}, {}).gpu_memory_utilization == 90
+    chosen = ServingSettings.read({}, {"QUIRE_GPU_MEMORY_UTILIZATION": "55"})
+    assert chosen.gpu_memory_utilization == 55
+
+
+@pytest.mark.parametrize("percent", ["0", "100", "0.9"])
+def test_a_share_of_the_gpus_memory_that_is_none_is_refused(percent: str) -> None:
+    with pytest.raises(SettingsError, match=f"gpu_memory_utilization is '?{percent}'?.* it must be"):
+        ServingSettings.read({"gpu_memory_utilization": percent}, {})

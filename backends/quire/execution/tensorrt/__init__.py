@@ -1,1 +1,1 @@
-"""A TensorRT plan run in this process: steps prepared in pinned memory, CUDA graphs, tokens fed back on the GPU."""
+"""A TensorRT plan run in this process: pinned staging, CUDA graphs, tokens fed back on the GPU."""
