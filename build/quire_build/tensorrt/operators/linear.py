@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quire_build.tensorrt.kernels.linear import SQUARES_WIDTH, linear
+from quire_build.tensorrt.linear_tiles import LinearTile, tiles
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape
 
 
@@ -16,11 +17,11 @@ class Linear:
 
     Inputs: x [T, k]; weight [n, k], twice as many rows when ``gated``; squares float32
     [T, k / SQUARES_WIDTH], read when ``normed``; residual [T, n] and next_norm [n], read when
-    ``adds_residual``; bias, as many as weight has rows, read when ``biased``; kv_cache, whose null block
-    lends counters. Where an input is not read, any will do.
+    ``adds_residual``; bias, as many as weight has rows, read when ``biased``; engine_state, which lends
+    counters; next_weight, whose first ``prefetch_bytes`` bytes the L2 cache is asked for. Where an input is
+    not read, any will do.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
-    squares, what the next normed layer reads; scratch for splits. More than one split is right only where T
-    is at most ``block_m``.
+    squares, what the next normed layer reads; scratch for splits.
     """
 
     k: int
@@ -31,12 +32,7 @@ class Linear:
     adds_residual: int
     biased: int
     wide_output: int
-    splits: int
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+    prefetch_bytes: int
 
     INPUTS: ClassVar[tuple[str, ...]] = (
         "x",
@@ -45,15 +41,28 @@ class Linear:
         "residual",
         "next_norm",
         "bias",
-        "kv_cache",
+        "engine_state",
+        "next_weight",
     )
     NUM_OUTPUTS: ClassVar[int] = 4
+
+    @property
+    def _tiles(self) -> tuple[LinearTile, ...]:
+        return tiles(self.n, self.k, bool(self.gated))
+
+    @property
+    def num_tactics(self) -> int:
+        """As many as there are tiles to choose from."""
+        return len(self._tiles)
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """Result, normed result, sums of squares, scratch; of size 1 what the flags leave out."""
         rows = shapes[0][0]
         width, sums = (self.n, self.n // SQUARES_WIDTH.value) if self.adds_residual else (1, 1)
-        scratch = self.splits * self.block_m * self.n * (1 + self.gated) if self.splits > 1 else 1
+        rows_of_scratch = max(
+            (tile.splits * tile.block_m for tile in self._tiles if tile.splits > 1), default=0
+        )
+        scratch = max(1, rows_of_scratch * self.n * (1 + self.gated))
         return (
             ((rows, self.n), "fp32" if self.wide_output else MODEL),
             ((rows, width), MODEL),
@@ -61,9 +70,15 @@ class Linear:
             ((scratch,), "fp32"),
         )
 
-    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic) -> Launch:
+    def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
         """A program for each tile of the result and each split."""
+        return self.launch_in(self._tiles[tactic], shapes, arithmetic)
+
+    def launch_in(self, tile: LinearTile, shapes: Sequence[Shape], arithmetic: Arithmetic) -> Launch:
+        """The launch in tiles of the caller's choice, scratch being large enough."""
         rows = shapes[0][0]
+        row_tiles = arithmetic.ceil_div(rows, tile.block_m)
+        splits = arithmetic.larger(arithmetic.constant(tile.splits) // row_tiles, 1)
         return Launch(
             kernel=linear,
             types={
@@ -73,8 +88,10 @@ class Linear:
                 "residual": f"*{MODEL}",
                 "next_norm": f"*{MODEL}",
                 "bias": f"*{MODEL}",
-                "kv_cache": f"*{MODEL}",
+                "engine_state": "*i64",
+                "next_weight": f"*{MODEL}",
                 "num_rows": "i32",
+                "num_splits": "i32",
                 "out": "*fp32" if self.wide_output else f"*{MODEL}",
                 "normed": f"*{MODEL}",
                 "out_squares": "*fp32",
@@ -88,13 +105,14 @@ class Linear:
                 "GATED": bool(self.gated),
                 "RESIDUAL": bool(self.adds_residual),
                 "BIAS": bool(self.biased),
-                "SPLITS": self.splits,
-                "BLOCK_M": self.block_m,
-                "BLOCK_N": self.block_n,
-                "BLOCK_K": self.block_k,
+                "PREFETCH_BYTES": self.prefetch_bytes,
+                "SPLITS": tile.splits,
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
             },
-            grid=(-(-self.n // self.block_n), arithmetic.ceil_div(rows, self.block_m), self.splits),
-            integers=(rows,),
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
+            grid=(-(-self.n // tile.block_n), row_tiles, splits),
+            integers=(rows, splits),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )

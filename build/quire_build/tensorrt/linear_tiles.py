@@ -1,0 +1,51 @@
+"""Which tiles a linear layer may be computed in: one for each tactic that TensorRT times.
+
+A tile is right for every number of rows; the range that it is meant for is the one where it is fast. What is
+chosen here was measured on Hopper GPUs with `tests/benchmarks/gpu_linear.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from quire.execution.engine_state import NUM_COUNTERS
+
+PROGRAMS_WANTED = 256
+"""K is split until about this many programs run: two on nearly each of a Hopper GPU's 132 SMs."""
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """How a linear layer is cut up.
+
+    Attributes:
+        splits: parts of k while the rows fit one tile; with r tiles of rows, splits // r, but at least 1.
+        block_m: rows of a tile.
+        block_n: columns of a tile, a multiple of SQUARES_WIDTH.
+        block_k: how much of k is multiplied at once.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline over k.
+    """
+
+    splits: int
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles(n: int, k: int, gated: bool) -> tuple[LinearTile, ...]:
+    """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first."""
+    narrow = n <= 4096
+    few = LinearTile(1, 16, 64 if narrow else 32, 128, 4, 3)
+    some = LinearTile(1, 64, 32 if gated else 64, 64, 4, 2)
+    many = LinearTile(1, 128, 64 if gated else 128, 32, 8, 2)
+    return tuple(_split(tile, n, k) for tile in (few, some, many))
+
+
+def _split(tile: LinearTile, n: int, k: int) -> LinearTile:
+    """The tile with as many splits as it takes to fill the GPU, if k and the counters allow."""
+    columns = -(-n // tile.block_n)
+    splits = min(PROGRAMS_WANTED // columns, k // (4 * tile.block_k), 2 * NUM_COUNTERS // columns)
+    return replace(tile, splits=max(1, splits))

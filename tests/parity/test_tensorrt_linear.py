@@ -1,0 +1,169 @@
+"""The linear operator in each of its tiles against torch, in the Triton language's interpreter; its PTX."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
+pytest.importorskip("triton")
+
+from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, engine_state_elements
+from quire_build.tensorrt.linear_tiles import LinearTile, tiles
+from quire_build.tensorrt.operators import Linear, PlainArithmetic
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+PLAIN: dict[str, Any] = {
+    "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
+    "prefetch_bytes": 0,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "normed": {"normed": 1, "biased": 1},
+    "residual": {"adds_residual": 1, "prefetch_bytes": 1024},
+    "gated": {"normed": 1, "gated": 1, "biased": 1},
+}
+SPLIT_TILES = (
+    LinearTile(splits=4, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3),
+    LinearTile(splits=5, block_m=32, block_n=64, block_k=16, num_warps=4, num_stages=3),
+)
+
+
+def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> None:
+    """Run the layer on random rows; compare all outputs with torch."""
+    generator = torch.Generator().manual_seed(rows)
+    n, k = layer.n, layer.k
+    x, weight = random(generator, rows, k), random(generator, n * (1 + layer.gated), k)
+    squares = x.square().view(rows, -1, 32).sum(-1)
+    residual, gain = random(generator, rows, n), random(generator, n)
+    bias = random(generator, n * (1 + layer.gated))
+    inputs = [x, weight, squares, residual, gain, bias, state, weight]
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
+    outputs[3] = torch.full((tile.splits * tile.block_m * n * (1 + layer.gated),), math.nan)
+    launch = layer.launch_in(tile, shapes, PlainArithmetic())
+    launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+
+    expected = x @ weight.T
+    if layer.normed:
+        expected *= torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.epsilon)
+    if layer.biased:
+        expected += bias
+    if layer.gated:
+        gate, up = expected.chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(gate) * up
+    if layer.adds_residual:
+        expected += residual
+        torch.testing.assert_close(outputs[1], expected * gain, atol=1e-3, rtol=1e-4)
+        sums = expected.square().view(rows, -1, 32).sum(-1)
+        torch.testing.assert_close(outputs[2], sums, atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(outputs[0], expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int) -> None:
+    """In the same state one after another, so that a counter left behind by one would spoil the next."""
+    layer = Linear(k=288, n=96, **(PLAIN | KINDS[kind]))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    for tile in (*SPLIT_TILES, *tiles(layer.n, layer.k, bool(layer.gated))):
+        check(layer, rows, tile, state)
+        assert not state.any(), f"{tile} left a counter behind"
+
+
+def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
+    layer = Linear(k=40, n=48, **(PLAIN | {"gated": 1}))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = random(generator, 5, 40), random(generator, 96, 40)
+    inputs = [x, weight, x, x, x, x, state, x]
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    gate, up = (x @ weight.T).chunk(2, dim=-1)
+    for tactic in range(layer.num_tactics):
+        outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
+        launch = layer.launch(shapes, PlainArithmetic(), tactic)
+        launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+        torch.testing.assert_close(outputs[0], torch.nn.functional.silu(gate) * up, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "gated"),
+    [(6144, 4096, 0), (4096, 4096, 0), (14336, 4096, 1), (4096, 14336, 0), (128256, 4096, 0), (96, 64, 1)],
+)
+def test_scratch_and_counters_hold_every_launch(n: int, k: int, gated: int) -> None:
+    layer = Linear(k=k, n=n, **(PLAIN | {"gated": gated}))
+    for rows in (1, 16, 17, 64, 65, 128, 1000, 8192):
+        shapes = [(rows, k), (n * (1 + gated), k)]
+        ((scratch,), _) = layer.outputs(shapes)[3]
+        for tactic in range(layer.num_tactics):
+            launch = layer.launch(shapes, PlainArithmetic(), tactic)
+            columns, row_tiles, splits = launch.grid
+            block_m = launch.constants["BLOCK_M"]
+            assert row_tiles * block_m >= rows and columns * launch.constants["BLOCK_N"] >= n
+            assert splits == 1 or splits <= launch.constants["SPLITS"]
+            if splits > 1:
+                assert row_tiles * splits * block_m * n * (1 + gated) <= scratch
+                assert row_tiles * columns <= NUM_COUNTERS
+
+
+def test_counters_start_behind_what_else_the_state_holds() -> None:
+    """A split tile's counter that stays (its other splits never come) shows where it lies."""
+    layer = Linear(k=64, n=32, **PLAIN)
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    x, weight = torch.zeros(1, 64), torch.zeros(32, 64)
+    outputs = [torch.zeros(1, 32), x, x, torch.zeros(2, 16, 32)]
+    tile = LinearTile(splits=2, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3)
+    launch = layer.launch_in(tile, [x.shape, weight.shape], PlainArithmetic())
+    launch.kernel[(1, 1, 1)](
+        x, weight, x, x, x, x, state, x, *launch.integers, *outputs, **launch.constants
+    )  # fmt: skip
+    assert state.view(torch.int32).nonzero().flatten().tolist() == [COUNTERS_BYTE // 4]
+
+
+PTX_SCRIPT = """
+from quire_build.tensorrt.kernels.compiled import compile_kernel
+from quire_build.tensorrt.operators import Linear, PlainArithmetic
+
+flags = dict(epsilon=1e-5, biased=0, wide_output=0, prefetch_bytes=1 << 23)
+layers = [
+    Linear(k=4096, n=6144, normed=1, gated=0, adds_residual=0, **flags),
+    Linear(k=14336, n=4096, normed=0, gated=0, adds_residual=1, **flags),
+    Linear(k=4096, n=14336, normed=1, gated=1, adds_residual=0, **flags),
+]
+for arch, some in ((80, layers[1:2]), (89, layers[1:2]), (90, layers)):
+    for layer in some:
+        for tactic in range(layer.num_tactics):
+            launch = layer.launch([(64, layer.k)], PlainArithmetic(), tactic)
+            compiled = compile_kernel(
+                launch.kernel,
+                {name: kind.replace("model", "bf16") for name, kind in launch.types.items()},
+                launch.constants, arch=arch, num_warps=launch.num_warps, num_stages=launch.num_stages,
+            )
+            assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
+            assert "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
+            assert "prefetch.global.L2" in compiled.ptx
+            if arch == 90 and launch.constants["BLOCK_M"] >= 64:
+                assert "wgmma" in compiled.ptx
+            print(arch, layer.n, tactic, compiled.shared_bytes)
+"""
+
+
+def test_tiles_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
+    """Within the shared memory a plan has; in a process without this one's interpreter switch and cache."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", PTX_SCRIPT], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
