@@ -1,7 +1,8 @@
 """The torch module as model.onnx, the contract between the build and every engine.
 
 Inputs and outputs carry the engine contract's names; attention is the operator `PagedAttention` of domain
-`quire`. Weights lie beside the graph in model.onnx.data, whatever their size.
+`quire`. Weights lie beside the graph in model.onnx.data, whatever their size. A plan builder, which takes
+weights by name, needs the graph alone: that is exported without ever having the weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import onnxscript
 import torch
 from torch import Tensor
@@ -30,6 +32,39 @@ _OPERATORS = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
 
 def export_onnx(decoder: Decoder, config: DecoderConfig, block_size: int, directory: Path) -> None:
     """Write the decoder to `directory`, with every size of a step and of the pool left open."""
+    program = _export(decoder, config, _example_step(config, block_size))
+    program.optimize()
+    program.save(directory / GRAPH_FILE, external_data=True)
+
+
+def export_graph(config: DecoderConfig, block_size: int, num_positions: int | None = None) -> onnx.ModelProto:
+    """The graph that `export_onnx` would write, whose weights have names, types and shapes but no data.
+
+    Args:
+        config: what to export; no memory is taken for its weights.
+        block_size: tokens of a block.
+        num_positions: length of the RoPE tables; None for as many as the model is meant for.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config, num_positions or config.max_context)
+    decoder.to("meta").eval().requires_grad_(False)  # the RoPE tables too
+    program = _export(decoder, config, _on_meta(_example_step(config, block_size)))
+    parameters = decoder.state_dict().keys() | dict(decoder.named_buffers()).keys()
+    values = program.model.graph.initializers
+    data = {name: values[name].const_value for name in values.keys() & parameters}
+    for name in data:
+        values[name].const_value = None  # the optimizer would look at it
+    program.optimize()
+    for name, tensor in data.items():
+        assert tensor is not None
+        values[name].const_value = onnx_ir.ExternalTensor(
+            WEIGHTS_FILE, None, None, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=name
+        )
+    return onnx_ir.to_proto(program.model)
+
+
+def _export(decoder: Decoder, config: DecoderConfig, step: tuple[Any, ...]) -> torch.onnx.ONNXProgram:
+    """Trace one step; optimising is left to the caller."""
     _register_operator()
     pools = [f"{kind}_cache.{layer}" for kind in ("key", "value") for layer in range(config.num_layers)]
     # The exporter's advice is for its own developers.
@@ -38,19 +73,20 @@ def export_onnx(decoder: Decoder, config: DecoderConfig, block_size: int, direct
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             decoder,
-            _example_step(config, block_size),
+            step,
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=_dynamic_shapes(config.num_layers),
             custom_translation_table={torch.ops.quire.paged_attention.default: _translate},
             input_names=[tensor.name for tensor in STEP_INPUTS] + pools,
             output_names=["logits", *(f"{pool}.out" for pool in pools)],
+            optimize=False,
             verbose=False,
         )
     assert program is not None  # None is returned only by the exporter that dynamo=True replaces
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces of this machine
-    program.save(directory / GRAPH_FILE, external_data=True)
+    return program
 
 
 def _example_step(config: DecoderConfig, block_size: int) -> tuple[Any, ...]:
@@ -70,6 +106,14 @@ def _example_step(config: DecoderConfig, block_size: int) -> tuple[Any, ...]:
         integers(1, 6),  # logits_indices
         [torch.zeros(pool_shape) for _ in range(config.num_layers)],
         [torch.zeros(pool_shape) for _ in range(config.num_layers)],
+    )
+
+
+def _on_meta(step: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same shapes without data."""
+    return tuple(
+        given.to("meta") if isinstance(given, Tensor) else [tensor.to("meta") for tensor in given]
+        for given in step
     )
 
 
