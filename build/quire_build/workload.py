@@ -25,6 +25,8 @@ class WorkloadSequence:
 
     token_ids: list[int]
     num_prompt_tokens: int
+    continuation: tuple[int, ...]
+    """What comes after the prompt; empty where the reference decides."""
     block_ids: NDArray[np.int32]
     arrival_step: int
     num_computed_tokens: int = 0
@@ -39,15 +41,19 @@ class Workload:
     """Sequences, and the steps that compute them.
 
     Call `next_step` for a step's inputs, run them, and hand the logits to `advance`, until `next_step`
-    returns None. All positions of a step want logits.
+    returns None. All positions of a step want logits, up to `max_logits_rows`.
 
     Args:
         prompts: token ids of each sequence.
-        num_new_tokens: tokens that each sequence generates, greedily.
+        num_new_tokens: tokens that each sequence gets after its prompt, one a step: its continuation's, or
+            else the most probable ones.
         block_size: tokens in a block.
         max_num_seqs: sequences in one step.
         max_num_batched_tokens: tokens in one step.
         chunk: tokens of a prompt that are computed in one step.
+        continuations: the `num_new_tokens` tokens after each prompt; None takes what the logits say.
+        max_logits_rows: rows of logits in one step; None for no limit, else at least `max_num_seqs`. The last
+            position of each sequence is among them, the rest is spread evenly over the step.
         seed: of the shuffled block tables.
     """
 
@@ -60,6 +66,8 @@ class Workload:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         chunk: int = 37,
+        continuations: Sequence[Sequence[int]] | None = None,
+        max_logits_rows: int | None = None,
         seed: int = 0,
     ) -> None:
         self._block_size = block_size
@@ -67,6 +75,8 @@ class Workload:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._chunk = chunk
+        self._max_logits_rows = max_logits_rows or max_num_batched_tokens
+        self._logits_rows: NDArray[np.int32] = np.zeros(0, np.int32)
         self._step = 0
         self.scheduled: list[tuple[WorkloadSequence, int]] = []
         """The sequences of the current step, each with its number of tokens, in the order of the rows."""
@@ -81,6 +91,7 @@ class Workload:
             WorkloadSequence(
                 token_ids=list(prompt),
                 num_prompt_tokens=len(prompt),
+                continuation=tuple(continuations[number]) if continuations else (),
                 block_ids=table,
                 arrival_step=ARRIVAL_STEPS[min(number, len(ARRIVAL_STEPS) - 1)],
             )
@@ -105,14 +116,29 @@ class Workload:
                 budget -= num_tokens
         return self._pack()
 
-    def advance(self, logits: NDArray[np.float32]) -> None:
-        """Take the step's logits [T, vocab_size]: a sequence computed to its end gets its next token."""
-        last_row = -1
+    def advance(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Take the step's logits [N, vocab_size]: a sequence computed to its end gets its next token.
+
+        Returns:
+            int64 [N], the token after the position of each row; -1 where that is part of a prompt whose
+            continuation the reference decides: such prompts are made up, and nobody predicts them.
+        """
+        following: list[int] = []
         for sequence, num_tokens in self.scheduled:
-            last_row += num_tokens
+            first = sequence.num_computed_tokens + 1
             sequence.num_computed_tokens += num_tokens
             if sequence.num_computed_tokens == len(sequence.token_ids):
-                sequence.token_ids.append(int(logits[last_row].argmax()))
+                row = np.searchsorted(self._logits_rows, len(following) + num_tokens - 1)
+                place = len(sequence.generated)
+                sequence.token_ids.append(
+                    sequence.continuation[place] if sequence.continuation else int(logits[row].argmax())
+                )
+            known = 0 if sequence.continuation else sequence.num_prompt_tokens
+            following += [
+                sequence.token_ids[position] if position >= known else -1
+                for position in range(first, first + num_tokens)
+            ]
+        return np.array(following, np.int64)[self._logits_rows]
 
     def _is_finished(self, sequence: WorkloadSequence) -> bool:
         return len(sequence.generated) == self._num_new_tokens
@@ -128,6 +154,8 @@ class Workload:
         size = self._block_size
         slots = [sequence.block_ids[span // size] * size + span % size for sequence, span in spans]
         positions = np.concatenate([span for _, span in spans]).astype(np.int32)
+        query_start_loc = np.cumsum([0, *(len(span) for _, span in spans)], dtype=np.int32)
+        self._logits_rows = _spread(query_start_loc[1:] - 1, len(positions), self._max_logits_rows)
         return ModelInputs(
             step=self._step,
             input_ids=np.concatenate(
@@ -136,7 +164,15 @@ class Workload:
             positions=positions,
             slot_mapping=np.concatenate(slots).astype(np.int32),
             block_tables=block_tables,
-            query_start_loc=np.cumsum([0, *(len(span) for _, span in spans)], dtype=np.int32),
+            query_start_loc=query_start_loc,
             seq_lens=np.array([span[-1] + 1 for _, span in spans], np.int32),
-            logits_indices=np.arange(len(positions), dtype=np.int32),
+            logits_indices=self._logits_rows,
         )
+
+
+def _spread(wanted: NDArray[np.int32], num_tokens: int, limit: int) -> NDArray[np.int32]:
+    """Ascending rows of a step, at most `limit` of them: the wanted ones and an even choice of the rest."""
+    others = np.setdiff1d(np.arange(num_tokens, dtype=np.int32), wanted)
+    room = min(limit - len(wanted), len(others))
+    chosen = others[np.arange(room) * len(others) // max(room, 1)]
+    return np.sort(np.concatenate([wanted, chosen])).astype(np.int32)

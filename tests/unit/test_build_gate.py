@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models
 
-from quire.errors import NumericsGateError
+from quire.errors import BuildError, NumericsGateError
 from quire.execution.executor import PoolInfo, StepOutput
-from quire.execution.manifest import EngineLimits
+from quire.execution.manifest import EngineLimits, GateReport, Precision
 from quire.execution.model_inputs import ModelInputs
-from quire_build.gate import compare, enforce, gate_workload
+from quire_build.gate import compare, enforce, gate_workload, read_tokens, text_workload
 
 VOCAB_SIZE, BLOCK_SIZE = 50, 32
 LIMITS = EngineLimits(max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256)
@@ -34,6 +36,7 @@ class FakeExecutor:
     def submit(self, inputs: ModelInputs) -> FakeStep:
         keys = inputs.input_ids * 1009 + inputs.positions
         logits = np.sin(keys[:, None] * 0.37 + np.arange(VOCAB_SIZE)).astype(np.float32)
+        logits = logits[inputs.logits_indices]
         return FakeStep(self._distort(logits, inputs) if self._distort else logits)
 
     def close(self) -> None: ...
@@ -60,32 +63,107 @@ def _off_by(amount: float) -> Callable[[Logits, ModelInputs], Logits]:
     return distort
 
 
+def _report(precision: Precision, distort: Callable[[Logits, ModelInputs], Logits] | None) -> GateReport:
+    workload = gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS)
+    return compare(FakeExecutor(), FakeExecutor(distort), workload, precision)
+
+
 def test_an_equal_engine_passes_with_its_figures() -> None:
-    report = compare(FakeExecutor(), FakeExecutor(), gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS), "float32")
+    report = _report("float32", None)
     assert report.positions > 300
+    assert report.scored_tokens == 6 * 16
     assert (report.max_abs_logit_error, report.max_abs_probability_error) == (0.0, 0.0)
-    assert (report.top1_agreement, report.tolerance) == (1.0, 1e-3)
+    assert (report.mean_abs_probability_error, report.mean_kl_divergence) == (0.0, 0.0)
+    assert (report.top1_agreement, report.perplexity_ratio, report.exceeded) == (1.0, 1.0, ())
     enforce(report, "float32")
 
 
 @pytest.mark.parametrize("amount", [2e-3, -2e-3, float("nan")])
 def test_one_wrong_logit_anywhere_fails_the_gate(amount: float) -> None:
-    workload = gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS)
-    report = compare(FakeExecutor(), FakeExecutor(_off_by(amount)), workload, "float32")
+    report = _report("float32", _off_by(amount))
+    assert "max_abs_logit_error" in report.exceeded
     with pytest.raises(NumericsGateError, match="nothing was published"):
         enforce(report, "float32")
 
 
 def test_bf16_is_held_to_its_probabilities() -> None:
-    workload = gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS)
-    report = compare(FakeExecutor(), FakeExecutor(_off_by(0.5)), workload, "bf16")
+    report = _report("bf16", _off_by(0.5))
     assert report.max_abs_logit_error == pytest.approx(0.5, abs=1e-5)
     enforce(report, "bf16")
-    workload = gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS)
-    report = compare(FakeExecutor(), FakeExecutor(_off_by(20.0)), workload, "bf16")
+    report = _report("bf16", _off_by(20.0))
     assert report.top1_agreement < 1.0
-    with pytest.raises(NumericsGateError):
+    with pytest.raises(NumericsGateError, match=r"max_abs_probability_error 0\.\d+ \(threshold 0\.2\)"):
         enforce(report, "bf16")
+
+
+def test_force_publishes_what_exceeds_a_threshold_but_not_what_is_no_number() -> None:
+    enforce(_report("float32", _off_by(0.5)), "float32", force=True)
+    with pytest.raises(NumericsGateError):
+        enforce(_report("float32", _off_by(float("nan"))), "float32", force=True)
+
+
+def test_the_measures_are_what_they_are_called(tmp_path: Path) -> None:
+    """Sharper logits everywhere, over a text: every measure against its definition, sequence by sequence."""
+    workload = text_workload(*_text(tmp_path, 1000), BLOCK_SIZE, LIMITS)
+    sharper = FakeExecutor(lambda logits, inputs: logits * np.float32(1.5))
+    report = compare(FakeExecutor(), sharper, workload, "bf16")
+    next_p, next_q, divergences, largest = [], [], [], 0.0
+    for sequence in workload.sequences:
+        tokens = np.array(sequence.token_ids)
+        keys = tokens[:-1] * 1009 + np.arange(len(tokens) - 1)
+        logits = np.sin(keys[:, None] * 0.37 + np.arange(VOCAB_SIZE))
+        p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, logits * 1.5))
+        next_p.append(p[np.arange(len(p)), tokens[1:]])
+        next_q.append(q[np.arange(len(q)), tokens[1:]])
+        divergences.append((p * np.log(p / q)).sum(-1))
+        largest = max(largest, float(np.abs(p - q).max()))
+    of_p, of_q = np.concatenate(next_p), np.concatenate(next_q)
+    assert report.positions == report.scored_tokens == len(of_p)
+    assert report.max_abs_probability_error == pytest.approx(largest, rel=1e-3)
+    assert report.mean_abs_probability_error == pytest.approx(np.abs(of_p - of_q).mean(), rel=1e-3)
+    assert report.mean_kl_divergence == pytest.approx(np.concatenate(divergences).mean(), rel=1e-3)
+    assert report.perplexity_ratio == pytest.approx(np.exp(np.log(of_p / of_q).mean()), rel=1e-3)
+    assert report.top1_agreement == 1.0
+
+
+def test_a_text_is_gone_through_piece_by_piece(tmp_path: Path) -> None:
+    text, directory = _text(tmp_path, 400)
+    workload = text_workload(text, directory, BLOCK_SIZE, LIMITS)
+    while (inputs := workload.next_step()) is not None:
+        workload.advance(np.zeros((len(inputs.logits_indices), VOCAB_SIZE), np.float32))
+    pieces = [token for sequence in workload.sequences for token in sequence.token_ids]
+    assert 300 < len(pieces) <= 400
+    assert pieces == read_tokens(text, directory)[: len(pieces)]
+    with pytest.raises(BuildError, match="8 tokens"):
+        text_workload(*_text(tmp_path, 8), BLOCK_SIZE, LIMITS)
+    with pytest.raises(BuildError, match="absent"):
+        text_workload(tmp_path / "absent", tmp_path, BLOCK_SIZE, LIMITS)
+
+
+def test_rows_of_logits_are_limited_and_each_sequence_keeps_its_last(tmp_path: Path) -> None:
+    unlimited = text_workload(*_text(tmp_path, 1000), BLOCK_SIZE, LIMITS)
+    limited = text_workload(*_text(tmp_path, 1000), BLOCK_SIZE, LIMITS, max_logits_rows=8)
+
+    while (inputs := limited.next_step()) is not None:
+        everything = unlimited.next_step()
+        assert everything is not None and np.array_equal(everything.input_ids, inputs.input_ids)
+        rows = inputs.logits_indices
+        assert len(rows) == min(8, len(inputs.input_ids)) and np.all(np.diff(rows) > 0)
+        assert set(inputs.query_start_loc[1:] - 1) <= set(rows)
+        of_all = unlimited.advance(np.zeros((len(inputs.input_ids), VOCAB_SIZE), np.float32))
+        following = limited.advance(np.zeros((len(rows), VOCAB_SIZE), np.float32))
+        assert np.array_equal(following, of_all[rows])
+    assert unlimited.next_step() is None
+
+
+def _text(directory: Path, num_tokens: int) -> tuple[Path, Path]:
+    """A text of so many tokens, and the directory of its tokenizer."""
+    vocabulary = {chr(65 + number): number for number in range(VOCAB_SIZE)}
+    Tokenizer(models.BPE(vocabulary, [])).save(str(directory / "tokenizer.json"))
+    text = directory / "text.txt"
+    numbers = np.random.default_rng(5).integers(VOCAB_SIZE, size=num_tokens)
+    text.write_text("".join(chr(65 + number) for number in numbers))
+    return text, directory
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ MANIFEST = Manifest(
     kv_bytes_per_block=8192,
     checkpoint_digest="",
     files={},
-    gate=GateReport(1, 0.0, 0.0, 1.0, 1e-3),
+    gate=GateReport(),
 )
 
 

@@ -111,7 +111,7 @@ def write_engine(
         kv_bytes_per_block=KV_BYTES_PER_BLOCK // (2 if precision == "bf16" else 1),
         checkpoint_digest="0" * 64,
         files={"model.onnx": file_digest(directory / "model.onnx")},
-        gate=GateReport(0, 0.0, 0.0, 1.0, 1e-3),
+        gate=GateReport(),
     )
     write_manifest(manifest, directory)
     return manifest

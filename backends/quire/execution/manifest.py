@@ -61,13 +61,25 @@ class PlanDetails(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the numerics gate measured between the engine and the torch module."""
+    """What the numerics gate measured between the engine and the torch module; docs/precision.md defines it."""
 
-    positions: int
-    max_abs_logit_error: float
-    max_abs_probability_error: float
-    top1_agreement: float
-    tolerance: float
+    positions: int = 0
+    """Rows of logits that were compared; 0 before the gate has run."""
+    scored_tokens: int = 0
+    """Of them, those with a next token whose probability counts."""
+    max_abs_logit_error: float = 0.0
+    max_abs_probability_error: float = 0.0
+    """Over all positions and tokens."""
+    mean_abs_probability_error: float = 0.0
+    """Of the token that comes next, over the scored tokens."""
+    mean_kl_divergence: float = 0.0
+    """In nats, of the engine from the reference, over all positions."""
+    top1_agreement: float = 0.0
+    """Share of positions with the same most probable token."""
+    perplexity_ratio: float = 1.0
+    """The engine's perplexity of the scored tokens over the reference's."""
+    exceeded: tuple[str, ...] = ()
+    """Measures beyond their threshold: empty unless publishing was forced."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
