@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import EngineStepError
+from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS
 from quire.execution.philox import uniforms
 
 SMALLEST_TEMPERATURE = 1e-5
@@ -30,10 +31,7 @@ ELEMENTS_AT_ONCE = 1 << 18
 
 @dataclass(slots=True)
 class SamplingBatch:
-    """How the tokens of N rows of logits are chosen; every array is [N].
-
-    Parameters are float32 also where float64 would do: an engine that samples itself gets them so.
-    """
+    """How the tokens of N rows of logits are chosen; every array is [N]."""
 
     inverse_temperature: NDArray[np.float32]
     """0 is greedy."""
@@ -57,7 +55,7 @@ class SamplingBatch:
         )
 
     def pack(self, tensor: NDArray[np.float32]) -> None:
-        """Write the engine contract's `sampling` tensor [N, 5]; greedy rows need no number, and get 0."""
+        """Write the engine contract's tensor [N, 5], float32 throughout; greedy rows get the number 0."""
         tensor[:, 0] = self.inverse_temperature
         tensor[:, 1] = self.top_k
         tensor[:, 2] = self.top_p
@@ -72,11 +70,17 @@ class Sampler:
     """Chooses the next token of each row."""
 
     def sample(self, logits: NDArray[np.float32], sampling: SamplingBatch) -> NDArray[np.int32]:
+        """Choose one token per row; as `sample_packed`, with the rows' parameters not packed yet."""
+        tensor = np.empty((len(logits), NUM_SAMPLING_COLUMNS), dtype=np.float32)
+        sampling.pack(tensor)
+        return self.sample_packed(logits, tensor)
+
+    def sample_packed(self, logits: NDArray[np.float32], sampling: NDArray[np.float32]) -> NDArray[np.int32]:
         """Choose one token per row.
 
         Args:
             logits: [N, vocab_size]; minus infinity excludes a token.
-            sampling: parameters of the N rows.
+            sampling: [N, 5], the engine contract's tensor.
 
         Returns:
             [N] token ids.
@@ -91,28 +95,24 @@ class Sampler:
             raise EngineStepError(
                 f"the best logit of row {row} is {best[row, 0]}; it must be a finite number"
             )
-        drawn = np.flatnonzero(sampling.inverse_temperature)
+        drawn = np.flatnonzero(sampling[:, 0])
         rows_at_once = max(1, ELEMENTS_AT_ONCE // logits.shape[1])
         for start in range(0, len(drawn), rows_at_once):
             rows = drawn[start : start + rows_at_once]
-            chosen = sampling.rows(rows)
-            weights = (logits[rows] - best[rows]) * chosen.inverse_temperature[:, None]
+            weights = (logits[rows] - best[rows]) * sampling[rows, :1]
             np.exp(weights, out=weights)
-            token_ids[rows] = _draw(weights, chosen)
+            token_ids[rows] = _draw(weights, sampling[rows])
         chosen_ids: NDArray[np.int32] = token_ids.astype(np.int32)
         return chosen_ids
 
 
-def _draw(weights: NDArray[np.float32], sampling: SamplingBatch) -> NDArray[np.int64]:
+def _draw(weights: NDArray[np.float32], sampling: NDArray[np.float32]) -> NDArray[np.int64]:
     """Draw one id per row from unnormalised probabilities [N, vocab_size] whose best is 1."""
     totals = weights.astype(np.float64).sum(axis=1)
-    points = uniforms(sampling.seed, sampling.output_index).astype(np.float64)
     drawn = np.empty(len(weights), dtype=np.int64)
     undecided = np.arange(len(weights))
     for cut in CUTS:
-        ids, decided = _draw_above(
-            cut, weights[undecided], totals[undecided], points[undecided], sampling.rows(undecided)
-        )
+        ids, decided = _draw_above(cut, weights[undecided], totals[undecided], sampling[undecided])
         drawn[undecided[decided]] = ids[decided]
         undecided = undecided[~decided]
         if not len(undecided):
@@ -124,8 +124,7 @@ def _draw_above(
     cut: float,
     weights: NDArray[np.float32],
     totals: NDArray[np.float64],
-    points: NDArray[np.float64],
-    sampling: SamplingBatch,
+    sampling: NDArray[np.float32],
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Draw among the candidates of weight `cut` and more.
 
@@ -135,27 +134,28 @@ def _draw_above(
     Returns:
         [N] ids and [N] whether the row is decided; the ids of other rows mean nothing.
     """
+    _, top_k, top_p, min_p, point = sampling.T
     ids, ordered, num_known = _descending(weights, cut)
     cumulative = np.cumsum(ordered, axis=1, dtype=np.float64)
     known_mass = cumulative[:, -1]
     vocab_size = weights.shape[1]
 
-    top_k = np.where(sampling.top_k > 0, np.minimum(sampling.top_k, vocab_size), vocab_size)
-    by_min_p = sampling.min_p > 0
-    num_likely = np.where(by_min_p, (ordered >= sampling.min_p[:, None]).sum(axis=1), num_known)
-    num_kept = np.minimum(num_likely, top_k)
-    restricted = by_min_p | (top_k < vocab_size)
-    kept_known = (top_k <= num_known) | (by_min_p & (sampling.min_p >= cut)) | (num_known == vocab_size)
+    most = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size).astype(np.int64)
+    by_min_p = min_p > 0
+    num_likely = np.where(by_min_p, (ordered >= min_p[:, None]).sum(axis=1), num_known)
+    num_kept = np.minimum(num_likely, most)
+    restricted = by_min_p | (most < vocab_size)
+    kept_known = (most <= num_known) | (by_min_p & (min_p >= cut)) | (num_known == vocab_size)
     mass = np.where(restricted, _mass_of_first(num_kept, cumulative), totals)
 
-    by_top_p = sampling.top_p < 1
-    nucleus_mass = sampling.top_p * mass
+    by_top_p = top_p < 1
+    nucleus_mass = top_p * mass
     num_nucleus = np.minimum(1 + (cumulative < nucleus_mass[:, None]).sum(axis=1), num_kept)
     nucleus_known = ~by_top_p | kept_known | (known_mass >= nucleus_mass)
     num_kept = np.where(by_top_p, num_nucleus, num_kept)
     mass = np.where(by_top_p, _mass_of_first(num_kept, cumulative), mass)
 
-    target = points * mass
+    target = point * mass
     index = (cumulative <= target[:, None]).sum(axis=1)
     decided = (kept_known | ~restricted) & nucleus_known & ((target < known_mass) | kept_known)
     index = np.minimum(index, num_kept - 1)
