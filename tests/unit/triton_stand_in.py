@@ -137,19 +137,20 @@ class StandIn(ModuleType):
 
 @contextmanager
 def inside_triton(*modules: str) -> Iterator[tuple[StandIn, list[Any]]]:
-    """The stand-in and these modules of `quire.serving`, imported as in a server and forgotten afterwards."""
+    """The stand-in and these modules of `quire.serving`, imported as in a server.
+
+    They are forgotten afterwards with all that they imported of `quire.serving`: it may hold the stand-in.
+    """
     stand_in = StandIn()
-    ours = ["quire.serving.tensors", *(f"quire.serving.{name}" for name in modules)]
-    forgotten = {name: sys.modules.pop(name, None) for name in ours}
+    known = set(sys.modules)
     sys.modules[stand_in.__name__] = stand_in
     try:
-        yield stand_in, [importlib.import_module(name) for name in ours[1:]]
+        yield stand_in, [importlib.import_module(f"quire.serving.{name}") for name in modules]
     finally:
         del sys.modules[stand_in.__name__]
-        for name, module in forgotten.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
+        for name in set(sys.modules) - known:
+            if name.startswith("quire.serving."):
+                del sys.modules[name]
 
 
 def logits_answer(

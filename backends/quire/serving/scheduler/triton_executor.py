@@ -1,4 +1,4 @@
-"""Runs steps on the engine that Triton hosts, by BLS calls to the model `engine`.
+"""Runs steps on the engine component that Triton hosts, by BLS calls to the model `engine`.
 
 A BLS call never returns when the engine's process is killed. So calls are made by a thread of their own,
 which is given up together with its call when the engine's process ends, the step's time is over or the
@@ -10,48 +10,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from numpy.typing import NDArray
 
 from quire.errors import EngineStepError, PeerLostError, QuireError
 from quire.execution.executor import PoolInfo, StepOutput
 from quire.execution.model_inputs import ModelInputs
-from quire.interface import ENGINE, ENGINE_OUTPUTS, STEP_INPUTS
+from quire.interface import ENGINE_OUTPUTS, STEP_INPUTS
 from quire.serving.rendezvous import Rendezvous
+from quire.serving.scheduler.engine_call import (
+    PROBE_INTERVAL_S,
+    EngineStep,
+    call_engine,
+    check_answered,
+    padding_step,
+)
 from quire.serving.watchdog import Process
-
-PROBE_INTERVAL_S = 0.1
 
 _OUTPUT_NAMES = [spec.name for spec in ENGINE_OUTPUTS]
 _log = logging.getLogger(__name__)
-
-
-class TritonStep:
-    """A step under way; `StepHandle` of the hosted engine."""
-
-    def __init__(self, number: int, executor: TritonExecutor) -> None:
-        self.number = number
-        self._executor = executor
-        self._outcome: SimpleQueue[StepOutput | QuireError] = SimpleQueue()
-
-    def end(self, outcome: StepOutput | QuireError) -> None:
-        """Say how the step ended; the first one to say so counts."""
-        self._outcome.put(outcome)
-
-    def result(self, timeout_s: float) -> StepOutput:
-        """Wait for the step; errors are those of `StepHandle.result`."""
-        try:
-            outcome = self._outcome.get(timeout=timeout_s)
-        except Empty:
-            self._executor.give_up(EngineStepError(f"a step took longer than {timeout_s:g} s"))
-            outcome = self._outcome.get()
-        if isinstance(outcome, QuireError):
-            raise outcome
-        return outcome
 
 
 class _Caller:
@@ -59,44 +39,34 @@ class _Caller:
 
     def __init__(self, access_key: bytes) -> None:
         self._access_key = np.frombuffer(access_key, np.uint8)
-        self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-        self._steps: SimpleQueue[tuple[ModelInputs, TritonStep] | None] = SimpleQueue()
-        threading.Thread(target=self._run, name="quire-engine-calls", daemon=True).start()
+        self._steps: SimpleQueue[tuple[ModelInputs, EngineStep] | None] = SimpleQueue()
+        threading.Thread(target=self._make_calls, name="quire-engine-calls", daemon=True).start()
 
-    def call(self, inputs: ModelInputs, step: TritonStep) -> None:
+    def call(self, inputs: ModelInputs, step: EngineStep) -> None:
         self._steps.put((inputs, step))
 
     def dismiss(self) -> None:
         """Have the thread end once its call returns, should it ever."""
         self._steps.put(None)
 
-    def _run(self) -> None:
+    def _make_calls(self) -> None:
         while (order := self._steps.get()) is not None:
             inputs, step = order
             try:
-                step.end(self._exec(inputs))
+                step.end(self._run_step(inputs))
             except QuireError as error:
                 step.end(error)
-            except Exception as error:
-                # Triton refuses calls with exceptions of its own while models load and once it stops.
-                step.end(EngineStepError(f"the engine cannot be called: {error}"))
 
-    def _exec(self, inputs: ModelInputs) -> StepOutput:
-        tensors = [
-            pb_utils.Tensor("access_key", self._access_key),
-            pb_utils.Tensor("step", np.array([inputs.step], np.int32)),
-        ]
-        tensors += [pb_utils.Tensor(spec.name, getattr(inputs, spec.name)) for spec in STEP_INPUTS]
-        request = pb_utils.InferenceRequest(
-            model_name=ENGINE,
-            requested_output_names=_OUTPUT_NAMES,
-            inputs=tensors,
-            preferred_memory=self._memory,
-        )
-        answer = request.exec()
-        if answer.has_error():
-            raise EngineStepError(answer.error().message())
-        return _step_output(inputs.step, answer.output_tensors())
+    def _run_step(self, inputs: ModelInputs) -> StepOutput:
+        tensors: dict[str, NDArray[Any]] = {
+            "access_key": self._access_key,
+            "step": np.array([inputs.step], np.int32),
+        }
+        tensors |= {spec.name: getattr(inputs, spec.name) for spec in STEP_INPUTS}
+        outputs = call_engine(tensors, _OUTPUT_NAMES)
+        check_answered(inputs.step, int(outputs["step"][0]))
+        num_blocks, epoch = outputs["pool_info"].tolist()
+        return StepOutput(outputs["logits"], None, PoolInfo(num_blocks, epoch))
 
 
 class TritonExecutor:
@@ -116,7 +86,7 @@ class TritonExecutor:
         self._lock = threading.Lock()
         self._engine: Process | None = None
         self._caller: _Caller | None = None
-        self._step: TritonStep | None = None
+        self._step: EngineStep | None = None
 
     def pool_info(self, timeout_s: float) -> PoolInfo:
         """Wait until the engine can be called, at most `timeout_s`, and ask for its pool.
@@ -128,16 +98,16 @@ class TritonExecutor:
         while True:
             try:
                 self._attach()
-                return self.submit(_padding_step()).result(max(0.0, deadline - time.monotonic())).pool_info
+                return self.submit(padding_step()).result(max(0.0, deadline - time.monotonic())).pool_info
             except (PeerLostError, EngineStepError) as error:
                 if time.monotonic() + PROBE_INTERVAL_S > deadline:
                     raise PeerLostError(f"the engine does not answer: {error}") from None
             if self._closed.wait(PROBE_INTERVAL_S):
                 raise PeerLostError("the server is stopping")
 
-    def submit(self, inputs: ModelInputs) -> TritonStep:
+    def submit(self, inputs: ModelInputs) -> EngineStep:
         """Start a step; where no engine is known, the step's result is a `PeerLostError`."""
-        step = TritonStep(inputs.step, self)
+        step = EngineStep(self.give_up)
         with self._lock:
             if self._engine is None:
                 step.end(PeerLostError("the engine's process is gone"))
@@ -183,27 +153,3 @@ class TritonExecutor:
         if self._caller is not None:
             self._caller.dismiss()
             self._caller = None
-
-
-def _step_output(number: int, tensors: list[Any]) -> StepOutput:
-    outputs: dict[str, NDArray[Any]] = {tensor.name(): tensor.as_numpy() for tensor in tensors}
-    answered = int(outputs["step"][0])
-    if answered != number:
-        raise EngineStepError(f"the engine answered step {answered} in place of step {number}")
-    num_blocks, epoch = outputs["pool_info"].tolist()
-    return StepOutput(outputs["logits"], None, PoolInfo(num_blocks, epoch))
-
-
-def _padding_step() -> ModelInputs:
-    """A step that changes nothing: one padding sequence, as the engine contract defines it."""
-    zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
-    return ModelInputs(
-        step=0,
-        input_ids=zero,
-        positions=zero,
-        slot_mapping=zero,
-        block_tables=np.zeros((1, 1), np.int32),
-        query_start_loc=np.array([0, 1], np.int32),
-        seq_lens=one,
-        logits_indices=zero,
-    )
