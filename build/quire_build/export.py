@@ -54,6 +54,7 @@ def export_graph(config: DecoderConfig, block_size: int, num_positions: int | No
     data = {name: values[name].const_value for name in values.keys() & parameters}
     for name in data:
         values[name].const_value = None  # the optimizer would look at it
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of each weight without data
     program.optimize()
     for name, tensor in data.items():
         assert tensor is not None
