@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.unit.strict_executor import Mode, StrictExecutor
 
 from quire.errors import QuireError
-from quire.execution.executor import PoolInfo, StepOutput
+from quire.execution.executor import PoolInfo
 from quire.execution.manifest import EngineLimits
 from quire.execution.model_inputs import InputsCheck, ModelInputs
 from quire.scheduling.scheduler import SchedulerConfig
@@ -40,68 +41,48 @@ def entries_of(token_ids: Sequence[int]) -> NDArray[np.uint64]:
     return np.array(token_ids, np.uint64) << np.uint64(32) | positions
 
 
-class HashingExecutor:
+class HashingExecutor(StrictExecutor):
     """`Executor` over a pool of such entries.
-
-    A step runs when its result is asked for, as late as possible: inputs that were reused too early show.
 
     Args:
         config: of the scheduler that drives it.
+        mode: whether tokens are fed back, and how many steps may be in flight.
         before_step: called with the number of each step, counted from 0, before it runs; may raise.
     """
-
-    max_in_flight = 1
-    token_feedback = False
 
     def __init__(
         self,
         config: SchedulerConfig,
+        mode: Mode,
         before_step: Callable[[int, HashingExecutor], None] = lambda number, executor: None,
     ) -> None:
         limits = EngineLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
+        super().__init__(
+            mode,
+            InputsCheck(VOCAB_SIZE, config.block_size, config.num_blocks, limits),
+            PoolInfo(config.num_blocks, epoch=1),
+        )
         self.num_steps = 0
-        self.epoch = 1
-        self._config = config
         self._before_step = before_step
-        self._check = InputsCheck(VOCAB_SIZE, config.block_size, config.num_blocks, limits)
-        self._pool = np.zeros((config.num_blocks, config.block_size), np.uint64)
-
-    def pool_info(self, timeout_s: float) -> PoolInfo:
-        return PoolInfo(self._config.num_blocks, self.epoch)
-
-    def submit(self, inputs: ModelInputs) -> HashingStep:
-        return HashingStep(self, inputs)
-
-    def close(self) -> None:
-        pass
+        self._entries = np.zeros((config.num_blocks, config.block_size), np.uint64)
 
     def lose_pool(self) -> None:
         """What a new engine process amounts to: another epoch, and nothing of what was written."""
-        self.epoch += 1
-        self._pool[...] = 0
+        self.pool = PoolInfo(self.pool.num_blocks, self.pool.epoch + 1)
+        self._entries[...] = 0
 
-    def run(self, inputs: ModelInputs) -> StepOutput:
+    def compute(self, inputs: ModelInputs) -> NDArray[np.float32]:
         number, self.num_steps = self.num_steps, self.num_steps + 1
         self._before_step(number, self)
-        self._check(inputs)
-        self._pool.reshape(-1)[inputs.slot_mapping] = inputs.input_ids.astype(np.uint64) << np.uint64(
+        self._entries.reshape(-1)[inputs.slot_mapping] = inputs.input_ids.astype(np.uint64) << np.uint64(
             32
         ) | inputs.positions.astype(np.uint64)
         logits = np.zeros((len(inputs.logits_indices), VOCAB_SIZE), np.float32)
         for row, token in enumerate(inputs.logits_indices.tolist()):
             sequence = int(np.searchsorted(inputs.query_start_loc, token, side="right")) - 1
-            context = self._pool[inputs.block_tables[sequence]].reshape(-1)
+            context = self._entries[inputs.block_tables[sequence]].reshape(-1)
             logits[row] = context_logits(context[: int(inputs.positions[token]) + 1])
-        return StepOutput(logits, None, self.pool_info(0))
-
-
-class HashingStep:
-    def __init__(self, executor: HashingExecutor, inputs: ModelInputs) -> None:
-        self._executor = executor
-        self._inputs = inputs
-
-    def result(self, timeout_s: float) -> StepOutput:
-        return self._executor.run(self._inputs)
+        return logits
 
 
 class Failures:

@@ -13,6 +13,7 @@ from tests.property.hashing_engine import (
     context_logits,
     entries_of,
 )
+from tests.unit.strict_executor import AHEAD, MODES, OVERLAPPED, PLAIN, Mode
 
 from quire.engine_core import MAX_FAILED_STEPS, EngineCore
 from quire.errors import EngineStepError, PeerLostError, QuireError
@@ -22,6 +23,7 @@ from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 
 NUM_WORKLOADS = 1000
+OTHER_MODES = MODES[3:]
 
 
 @dataclass
@@ -95,8 +97,8 @@ def _tokens_alone(arrival: Arrival, max_model_len: int) -> list[int]:
         sampling = SamplingBatch(
             np.array([1 / parameters.temperature if parameters.temperature else 0], np.float32),
             np.array([parameters.top_k]),
-            np.array([parameters.top_p]),
-            np.array([parameters.min_p]),
+            np.array([parameters.top_p], np.float32),
+            np.array([parameters.min_p], np.float32),
             np.array([parameters.seed], np.uint64),
             np.array([len(tokens) - len(arrival.prompt)]),
         )
@@ -118,10 +120,10 @@ class Outcome:
     num_cached_tokens: int
 
 
-def run_workload(workload: Workload, *, overlap: bool, failures: Failures | None = None) -> Outcome:
+def run_workload(workload: Workload, mode: Mode, failures: Failures | None = None) -> Outcome:
     """Drive an engine core through it, and check that blocks balance after every turn."""
-    config = SchedulerConfig(**workload.config, async_scheduling=overlap)
-    executor = HashingExecutor(config, failures) if failures else HashingExecutor(config)
+    config = SchedulerConfig(**workload.config, async_scheduling=mode.overlap)
+    executor = HashingExecutor(config, mode, failures) if failures else HashingExecutor(config, mode)
     scheduler = Scheduler(config)
     core = EngineCore(scheduler, executor, Sampler(), step_timeout_s=60)
     outcome = Outcome({}, {}, {}, 0, 0)
@@ -168,14 +170,14 @@ def assert_tokens(outcome: Outcome, expected_of_all: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("part", range(10))
 def test_every_position_is_written_where_it_is_read(part: int) -> None:
-    """Any batch gives each request the tokens that it gets alone, stepped plainly and overlapped."""
+    """Any batch gives each request the tokens that it gets alone, in every way of running the loop."""
     size = NUM_WORKLOADS // 10
     preemptions = cached = aborted = 0
     for seed in range(part * size, (part + 1) * size):
         workload = random_workload(seed)
         expected = tokens_alone(workload)
-        for overlap in (False, True):
-            outcome = run_workload(workload, overlap=overlap)
+        for mode in (PLAIN, OVERLAPPED, AHEAD, OTHER_MODES[seed % len(OTHER_MODES)]):
+            outcome = run_workload(workload, mode)
             assert not outcome.failed
             assert_tokens(outcome, expected)
             preemptions += outcome.num_preemptions
@@ -186,26 +188,26 @@ def test_every_position_is_written_where_it_is_read(part: int) -> None:
     assert aborted > size // 10
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_failed_step_or_a_lost_pool_costs_no_token(overlap: bool) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_failed_step_or_a_lost_pool_costs_no_token(mode: Mode) -> None:
     kinds = [EngineStepError("the step failed"), PeerLostError("the engine is gone"), None]
     num_failures = 0
     for seed in range(100):
         rng = random.Random(seed)
         failures = Failures({rng.randrange(12): rng.choice(kinds) for _ in range(MAX_FAILED_STEPS - 1)})
         workload = random_workload(seed)
-        outcome = run_workload(workload, overlap=overlap, failures=failures)
+        outcome = run_workload(workload, mode, failures)
         assert not outcome.failed
         assert_tokens(outcome, tokens_alone(workload))
         num_failures += failures.num_failures
     assert num_failures > 100
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_requests_on_an_engine_that_always_fails_end_with_its_error_once(overlap: bool) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_requests_on_an_engine_that_always_fails_end_with_its_error_once(mode: Mode) -> None:
     failures = Failures(dict.fromkeys(range(5000), EngineStepError("out of order")))
     for seed in range(30):
-        outcome = run_workload(random_workload(seed), overlap=overlap, failures=failures)
+        outcome = run_workload(random_workload(seed), mode, failures)
         assert outcome.failed
         assert all(isinstance(error, EngineStepError) for error in outcome.failed.values())
         assert all("out of order" in str(error) for error in outcome.failed.values())

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from tests.unit.strict_executor import AHEAD, MODES, OVERLAPPED, PLAIN, Mode, StrictExecutor, StrictStep
 
 from quire.engine_core import MAX_FAILED_STEPS, EngineCore
-from quire.errors import EngineStepError, PeerLostError
-from quire.execution.executor import PoolInfo, StepOutput
-from quire.execution.model_inputs import ModelInputs
+from quire.errors import EngineStepError, PeerLostError, QuireError
+from quire.execution.executor import PoolInfo
+from quire.execution.manifest import EngineLimits
+from quire.execution.model_inputs import InputsCheck, ModelInputs
 from quire.execution.sampler import Sampler
 from quire.scheduling.request import Request
 from quire.scheduling.sampling_params import SamplingParams
@@ -18,48 +21,39 @@ from quire.scheduling.scheduler_output import RequestOutput, SchedulerOutput
 VOCAB_SIZE = 50
 
 
-class CountingExecutor:
+class CountingExecutor(StrictExecutor):
     """Answers every token t with t + 1; notes what happens in which order."""
 
-    max_in_flight = 1
-    token_feedback = False
-
-    def __init__(self, pool: PoolInfo) -> None:
-        self.pool = pool
+    def __init__(self, mode: Mode, config: SchedulerConfig) -> None:
+        limits = EngineLimits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
+        check = InputsCheck(VOCAB_SIZE, config.block_size, config.num_blocks, limits)
+        super().__init__(mode, check, PoolInfo(config.num_blocks, epoch=5))
         self.events: list[str] = []
+        self.refusing: Exception | None = None
         self.failing: Exception | None = None
         self.failing_pool_info: Exception | None = None
-        self.broken_logits = False
+        self.broken_token: int | None = None
+        """The row that ends with this token has no usable logits."""
 
     def pool_info(self, timeout_s: float) -> PoolInfo:
         if self.failing_pool_info:
             raise self.failing_pool_info
-        return self.pool
+        return super().pool_info(timeout_s)
 
-    def submit(self, inputs: ModelInputs) -> CountingStep:
+    def submit(self, inputs: ModelInputs) -> StrictStep:
         self.events.append(f"submit {inputs.step}")
-        return CountingStep(self, inputs)
+        if self.refusing:
+            raise self.refusing
+        return super().submit(inputs)
 
-    def close(self) -> None:
-        pass
-
-
-class CountingStep:
-    def __init__(self, executor: CountingExecutor, inputs: ModelInputs) -> None:
-        self._executor = executor
-        self._inputs = inputs
-
-    def result(self, timeout_s: float) -> StepOutput:
-        self._executor.events.append(f"result {self._inputs.step}")
-        if self._executor.failing:
-            raise self._executor.failing
-        next_ids = (self._inputs.input_ids[self._inputs.logits_indices] + 1) % VOCAB_SIZE
-        logits = np.eye(VOCAB_SIZE, dtype=np.float32)[next_ids]
-        return StepOutput(
-            np.full_like(logits, np.nan) if self._executor.broken_logits else logits,
-            None,
-            self._executor.pool,
-        )
+    def compute(self, inputs: ModelInputs) -> NDArray[np.float32]:
+        self.events.append(f"result {inputs.step}")
+        if self.failing:
+            raise self.failing
+        last_ids = inputs.input_ids[inputs.logits_indices]
+        logits: NDArray[np.float32] = np.eye(VOCAB_SIZE, dtype=np.float32)[(last_ids + 1) % VOCAB_SIZE]
+        logits[last_ids == self.broken_token] = np.nan
+        return logits
 
 
 class NotingScheduler(Scheduler):
@@ -80,16 +74,16 @@ class NotingScheduler(Scheduler):
         return super().update_from_output(output, sampled_token_ids)
 
 
-def make_core(*, overlap: bool, num_blocks: int = 20) -> tuple[EngineCore, CountingExecutor]:
+def make_core(mode: Mode, num_blocks: int = 20) -> tuple[EngineCore, CountingExecutor]:
     config = SchedulerConfig(
         num_blocks=num_blocks,
         block_size=4,
         max_num_batched_tokens=16,
         max_num_seqs=4,
         max_model_len=40,
-        async_scheduling=overlap,
+        async_scheduling=mode.overlap,
     )
-    executor = CountingExecutor(PoolInfo(num_blocks, epoch=5))
+    executor = CountingExecutor(mode, config)
     return EngineCore(
         NotingScheduler(config, executor.events), executor, Sampler(), step_timeout_s=9
     ), executor
@@ -108,23 +102,51 @@ def run_to_end(core: EngineCore) -> dict[str, list[int]]:
 
 
 def test_a_plain_turn_takes_one_step_through_all_six_stations() -> None:
-    core, executor = make_core(overlap=False)
+    core, executor = make_core(PLAIN)
     core.add_request(greedy("a", [7]))
     assert [output.token_id for output in core.step().outputs] == [8]
     assert executor.events == ["schedule", "submit 1", "result 1", "update"]
 
 
 def test_an_overlapped_turn_schedules_the_next_step_before_it_waits_for_the_one_under_way() -> None:
-    core, executor = make_core(overlap=True)
+    core, executor = make_core(OVERLAPPED)
     core.add_request(greedy("a", [7]))
     assert core.step().outputs == []
     assert [output.token_id for output in core.step().outputs] == [8]
     assert executor.events == ["schedule", "submit 1", "schedule", "result 1", "submit 2", "update"]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_all_requests_get_their_tokens_and_then_there_is_no_work(overlap: bool) -> None:
-    core, _ = make_core(overlap=overlap)
+def test_where_tokens_are_fed_back_the_next_step_is_submitted_before_the_one_under_way_is_collected() -> None:
+    core, executor = make_core(AHEAD)
+    core.add_request(greedy("a", [7]))
+    assert core.step().outputs == []
+    assert [output.token_id for output in core.step().outputs] == [8]
+    assert [output.token_id for output in core.step().outputs] == [9]
+    assert executor.events == [
+        "schedule", "submit 1",
+        "schedule", "submit 2", "result 1", "update",
+        "schedule", "submit 3", "result 2", "update",
+    ]  # fmt: skip
+
+
+def test_a_request_that_is_certain_to_end_is_not_computed_again() -> None:
+    core, executor = make_core(AHEAD)
+    core.add_request(greedy("a", [7], 2))
+    assert run_to_end(core) == {"a": [8, 9]}
+    assert [event for event in executor.events if "submit" in event] == ["submit 1", "submit 2"]
+
+
+def test_the_token_after_a_stop_token_is_thrown_away() -> None:
+    core, executor = make_core(AHEAD)
+    core.add_request(Request("a", [7], SamplingParams(max_tokens=9, temperature=0.0, stop_token_ids=(9,))))
+    assert run_to_end(core) == {"a": [8, 9]}
+    assert executor.events.count("submit 3") == 1
+    assert core.scheduler.num_free_blocks == 19
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_all_requests_get_their_tokens_and_then_there_is_no_work(mode: Mode) -> None:
+    core, _ = make_core(mode)
     for request in (greedy("a", [7]), greedy("b", [1, 2, 3], 2), greedy("c", list(range(20)), 4)):
         core.add_request(request)
     assert run_to_end(core) == {"a": [8, 9, 10], "b": [4, 5], "c": [20, 21, 22, 23]}
@@ -132,17 +154,17 @@ def test_all_requests_get_their_tokens_and_then_there_is_no_work(overlap: bool) 
     assert core.statistics.sampled_tokens == 9
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_rows_of_requests_that_end_while_nothing_runs_are_used_again(overlap: bool) -> None:
-    core, _ = make_core(overlap=overlap)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_rows_of_requests_that_end_while_nothing_runs_are_used_again(mode: Mode) -> None:
+    core, _ = make_core(mode)
     for turn in range(12):
         core.add_request(greedy(str(turn), [turn], 1))
         assert run_to_end(core) == {str(turn): [turn + 1]}
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_an_aborted_request_brings_no_further_token_and_gives_its_blocks_back(overlap: bool) -> None:
-    core, _ = make_core(overlap=overlap)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_an_aborted_request_brings_no_further_token_and_gives_its_blocks_back(mode: Mode) -> None:
+    core, _ = make_core(mode)
     core.add_request(greedy("a", [1] * 9, 20))
     core.add_request(greedy("b", [5], 4))
     core.step()
@@ -151,10 +173,10 @@ def test_an_aborted_request_brings_no_further_token_and_gives_its_blocks_back(ov
     assert core.scheduler.num_free_blocks == 19
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_logits_that_are_not_numbers_fail_the_requests_after_a_few_tries(overlap: bool) -> None:
-    core, executor = make_core(overlap=overlap)
-    executor.broken_logits = True
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_logits_that_are_not_numbers_fail_the_requests_after_a_few_tries(mode: Mode) -> None:
+    core, executor = make_core(mode)
+    executor.broken_token = 7
     core.add_request(greedy("a", [7]))
     failures = []
     while core.has_work:
@@ -164,9 +186,60 @@ def test_logits_that_are_not_numbers_fail_the_requests_after_a_few_tries(overlap
     assert core.statistics.failed_steps == MAX_FAILED_STEPS
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_token_gained_starts_the_count_of_failed_steps_anew(overlap: bool) -> None:
-    core, executor = make_core(overlap=overlap)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_the_error_names_the_row_whose_logits_are_not_numbers(mode: Mode) -> None:
+    core, executor = make_core(mode)
+    executor.broken_token = 3
+    core.add_request(greedy("a", [7], 9))
+    core.add_request(greedy("b", [2], 9))
+    failures: dict[str, QuireError] = {}
+    while core.has_work:
+        failures |= dict(core.step().failures)
+    assert "the best logit of row 1 is" in str(failures["b"])
+
+
+def test_of_two_steps_in_flight_both_are_lost_and_their_requests_go_on() -> None:
+    core, executor = make_core(AHEAD)
+    core.add_request(greedy("a", [7]))
+    core.step()
+    core.add_request(greedy("b", [20]))
+    executor.failing = EngineStepError("once")
+    assert core.step().outputs == []
+    executor.failing = None
+    assert core.scheduler.num_running == 0
+    assert run_to_end(core) == {"a": [8, 9, 10], "b": [21, 22, 23]}
+    assert core.statistics.failed_steps == 1
+
+
+def test_a_failure_counts_for_the_requests_of_both_steps_in_flight() -> None:
+    core, executor = make_core(AHEAD)
+    executor.failing = EngineStepError("out of order")
+    core.add_request(greedy("a", [7]))
+    core.step()
+    core.add_request(greedy("b", [20]))
+    failed = []
+    while core.has_work:
+        failed += [(request_id, core.statistics.failed_steps) for request_id, _ in core.step().failures]
+    assert failed == [("a", MAX_FAILED_STEPS), ("b", MAX_FAILED_STEPS)]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_step_that_is_refused_costs_no_token(mode: Mode) -> None:
+    core, executor = make_core(mode)
+    core.add_request(greedy("a", [7]))
+    outputs = core.step().outputs
+    executor.refusing = EngineStepError("not this one")
+    outputs += core.step().outputs
+    executor.refusing = None
+    while core.has_work:
+        outputs += core.step().outputs
+    assert [output.token_id for output in outputs] == [8, 9, 10]
+    assert core.statistics.failed_steps == 1
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_token_gained_starts_the_count_of_failed_steps_anew(mode: Mode) -> None:
+    core, executor = make_core(mode)
     core.add_request(greedy("a", [7], 4))
     tokens: list[int] = []
     while core.has_work:
@@ -182,18 +255,18 @@ def test_a_token_gained_starts_the_count_of_failed_steps_anew(overlap: bool) -> 
     assert tokens == [8, 9, 10, 11]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_an_engine_that_does_not_come_back_is_told_to_the_caller(overlap: bool) -> None:
-    core, executor = make_core(overlap=overlap)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_an_engine_that_does_not_come_back_is_told_to_the_caller(mode: Mode) -> None:
+    core, executor = make_core(mode)
     core.add_request(greedy("a", [7]))
     executor.failing = executor.failing_pool_info = PeerLostError("gone")
     with pytest.raises(PeerLostError, match="gone"):
         run_to_end(core)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_an_engine_that_comes_back_with_another_pool_is_told_to_the_caller(overlap: bool) -> None:
-    core, executor = make_core(overlap=overlap)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_an_engine_that_comes_back_with_another_pool_is_told_to_the_caller(mode: Mode) -> None:
+    core, executor = make_core(mode)
     core.add_request(greedy("a", [7]))
     core.step()
     executor.pool = PoolInfo(10, epoch=6)
