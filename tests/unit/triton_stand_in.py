@@ -86,7 +86,10 @@ class Metric:
 
 
 class StandIn(ModuleType):
-    """The module. `answer` is what calls of other models get; `metrics` holds those that were made."""
+    """The module. `answer` is what calls of other models get; `metrics` holds those that were made.
+
+    While `answer` runs, `asked_for` names the outputs that the call wants.
+    """
 
     TRITONSERVER_MEMORY_CPU = 0
     TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
@@ -97,6 +100,7 @@ class StandIn(ModuleType):
         self.Tensor = Tensor
         self.TritonError = TritonError
         self.answer: Callable[[str, dict[str, NDArray[Any]]], InferenceResponse]
+        self.asked_for: list[str] = []
         self.metrics: dict[str, Metric] = {}
 
     def InferenceResponse(  # noqa: N802
@@ -119,6 +123,7 @@ class StandIn(ModuleType):
 
         class Call:
             def exec(self) -> InferenceResponse:
+                module.asked_for = requested_output_names
                 return module.answer(model_name, {tensor.tensor_name: tensor.array for tensor in inputs})
 
         return Call()
