@@ -1,5 +1,7 @@
 """The first visible NVIDIA GPU as a `Device`, by the package cuda-bindings."""
 
+# mypy: disable-error-code="import-not-found, import-untyped"
+
 from __future__ import annotations
 
 import ctypes
@@ -57,7 +59,9 @@ class CudaDevice:
     def pinned(self, num_bytes: int) -> NDArray[np.uint8]:
         """Page-locked host memory."""
         address = self._call("cudaHostAlloc", num_bytes, self._cuda.cudaHostAllocDefault)
-        memory = np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(int(address)), np.uint8)
+        memory: NDArray[np.uint8] = np.ctypeslib.as_array(
+            (ctypes.c_uint8 * num_bytes).from_address(int(address))
+        )
         memory[:] = 0
         return memory
 

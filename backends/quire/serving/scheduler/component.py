@@ -20,6 +20,7 @@ from quire.interface import EnginePlacement
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire.serving.channel import SchedulerChannel
 from quire.serving.component import ComponentArguments, join_server
+from quire.serving.engine.loading import load_executor
 from quire.serving.rendezvous import Rendezvous
 from quire.serving.scheduler.metrics import MetricsReporter
 from quire.serving.scheduler.step_loop import StepLoop
@@ -87,10 +88,7 @@ def _executor(arguments: ComponentArguments, settings: ServingSettings, rendezvo
     """The way to this repository's engine. Only one in this process needs its runtime to be imported."""
     if arguments.engine_placement is EnginePlacement.HOSTED:
         return TritonExecutor(rendezvous)
-    from quire.execution.openvino import OpenVINOExecutor
-    from quire.serving.engine.loading import load_engine
-
-    return OpenVINOExecutor(load_engine(arguments.engine_dir, settings))
+    return load_executor(arguments.engine_dir, settings)
 
 
 def _scheduler_config(
