@@ -278,7 +278,7 @@ class TensorRTEngine:
         layout = StepLayout(size, size, size)
         context = self._context(self._profile_of(size))
         self._shape(context, layout, self._blocks_per_seq)
-        self._copy_in(layout, self._padding_step(size), self.buffers[0], full_tables=True)
+        self._copy_in(layout, self._padding_step(1), self.buffers[0], full_tables=True)
         context.enqueue()
         self.device.synchronize()
         return _DecodeGraph(layout, context, self.device.capture(context.enqueue))

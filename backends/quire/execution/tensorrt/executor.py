@@ -19,7 +19,7 @@ SPIN_S = 50e-6
 """How long to ask for a step's end again and again before sleeping in between."""
 LONGEST_SLEEP_S = 100e-6
 PAUSE_AFTER_FAILURE_S = 0.5
-"""How long `pool_info` takes to say that the GPU is lost, so that asking again and again keeps nobody busy."""
+"""How long `pool_info` takes to say that the GPU is lost, so that asking again keeps nobody busy."""
 CLOSE_TIMEOUT_S = 1.0
 
 

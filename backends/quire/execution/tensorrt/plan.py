@@ -91,10 +91,10 @@ class TensorRTPlan:
         context = self._engine.create_execution_context(strategy)
         if context is None:
             raise DeviceError(f"TensorRT cannot create a context: {self._logger.last_error}")
-        if self.scratch_bytes:
-            context.set_device_memory(scratch, self.scratch_bytes)
         if not context.set_optimization_profile_async(profile, self._device.stream):
             raise DeviceError(f"TensorRT cannot select profile {profile}: {self._logger.last_error}")
+        if self.scratch_bytes:
+            context.set_device_memory(scratch, self.scratch_bytes)
         return TensorRTContext(context, self._device, self._logger)
 
     def close(self) -> None:
