@@ -129,7 +129,7 @@ def plan_manifest() -> Manifest:
         kv_bytes_per_block=8192,
         checkpoint_digest="",
         files={},
-        gate=GateReport(1, 0.0, 0.0, 1.0, 1e-3),
+        gate=GateReport(),
         plan=PlanDetails(
             max_blocks=90,
             num_pools=2,

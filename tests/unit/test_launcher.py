@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -23,10 +24,11 @@ from quire.execution.manifest import (
     GateReport,
     Manifest,
     ModelDimensions,
+    PlanDetails,
     write_manifest,
 )
 from quire.interface import EnginePlacement
-from quire.launcher import installation
+from quire.launcher import installation, tensorrt
 from quire.launcher.installation import TritonInstallation, backend_directory, find_triton
 from quire.launcher.plan import (
     Endpoints,
@@ -54,6 +56,20 @@ MANIFEST = Manifest(
     files={},
     gate=GateReport(),
 )
+PLAN = msgspec.structs.replace(
+    MANIFEST,
+    precision="bf16",
+    runtime="tensorrt",
+    plan=PlanDetails(
+        max_blocks=100,
+        num_pools=1,
+        blocks_per_pool=100,
+        profiles=((1, 2048),),
+        decode_sizes=(1, 256),
+        gpu_architecture=90,
+        gpu_name="NVIDIA H100",
+    ),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +84,14 @@ def repository(tmp_path: Path) -> Path:
     return write_repository(tmp_path / "repository", EnginePlacement.HOSTED)
 
 
-def write_repository(root: Path, engine: EnginePlacement) -> Path:
+def write_repository(root: Path, engine: EnginePlacement, manifest: Manifest = MANIFEST) -> Path:
     for name in engine.models:
         (root / name / "1").mkdir(parents=True)
         config = ModelConfig(name=name, backend="quire")
         config.parameters["max_queued_requests"].string_value = "7"
         config.parameters["engine"].string_value = engine
         (root / name / "config.pbtxt").write_text(text_format.MessageToString(config))
-    write_manifest(MANIFEST, root / engine.engine_owner / "1")
+    write_manifest(manifest, root / engine.engine_owner / "1")
     return root
 
 
@@ -189,6 +205,10 @@ def test_too_little_shared_memory_is_refused_with_what_is_needed(monkeypatch: py
     check_shared_memory(hosted, ServingSettings(max_num_seqs=256))
     with pytest.raises(StartupError, match=r"64 MiB free and serving needs \d+ MiB"):
         check_shared_memory(hosted, ServingSettings(max_num_seqs=65536))
+    # A hosted plan sends the tokens that it sampled.
+    check_shared_memory(
+        ModelRepository(PLAN, EnginePlacement.HOSTED, {}), ServingSettings(max_num_seqs=65536)
+    )
     # Logits of an engine in the scheduler's process never leave it.
     in_process = ModelRepository(MANIFEST, EnginePlacement.IN_PROCESS, {})
     check_shared_memory(in_process, ServingSettings(max_num_seqs=65536))
@@ -284,6 +304,75 @@ def test_the_backend_directory_is_made_once_and_anew_for_another_server(containe
         first.name,
         backend_directory(triton).name,
     }
+
+
+def test_the_backend_directory_is_made_anew_once_the_server_has_another_backend(container: Path) -> None:
+    write_stub(container, f"{sys.version_info[0]}.{sys.version_info[1]}")
+    triton = find_triton()
+    first = backend_directory(triton)
+    (container / "backends" / "onnxruntime").mkdir()
+    assert (backend_directory(triton) / "onnxruntime").is_dir()
+    assert not (first / "onnxruntime").exists()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the driver's library, which a machine without a GPU doesn't have."""
+    library = ctypes.util.find_library("c")
+    assert library is not None
+    monkeypatch.setattr(tensorrt, "DRIVER_LIBRARY", library)
+
+
+@pytest.mark.parametrize("engine", EnginePlacement)
+def test_a_tensorrt_engine_is_refused_where_no_driver_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: EnginePlacement
+) -> None:
+    monkeypatch.setattr(tensorrt, "DRIVER_LIBRARY", "libcuda-of-nobody.so.1")
+    repository = write_repository(tmp_path / "repository", engine, PLAN)
+    with pytest.raises(StartupError, match=r"needs an NVIDIA GPU.*libcuda-of-nobody\.so\.1.*--gpus all"):
+        plan_launch(LaunchOptions(repository, free_endpoints()))
+
+
+def test_a_hosted_plan_needs_the_servers_own_tensorrt_backend(
+    tmp_path: Path, container: Path, driver: None
+) -> None:
+    write_stub(container, f"{sys.version_info[0]}.{sys.version_info[1]}")
+    repository = write_repository(tmp_path / "repository", EnginePlacement.HOSTED, PLAN)
+    plan = plan_launch(LaunchOptions(repository, free_endpoints()))
+    [directory] = [word.partition("=")[2] for word in plan.argv if word.startswith("--backend-directory=")]
+    library = container / "backends" / "tensorrt" / "libtriton_tensorrt.so"
+    assert (Path(directory) / "tensorrt" / "libtriton_tensorrt.so").resolve() == library.resolve()
+    library.unlink()
+    with pytest.raises(StartupError, match=rf"{library} is missing"):
+        plan_launch(LaunchOptions(repository, free_endpoints()))
+
+
+def test_a_plan_in_process_needs_the_packages_that_it_imports(
+    tmp_path: Path, container: Path, driver: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_stub(container, f"{sys.version_info[0]}.{sys.version_info[1]}")
+    repository = write_repository(tmp_path / "repository", EnginePlacement.IN_PROCESS, PLAN)
+    packages = {"quire": "quire", "nothing_of_this_name": "nothing", "nor_this.below": "nor-this"}
+    monkeypatch.setattr(tensorrt, "PACKAGES", packages)
+    with pytest.raises(StartupError, match=r"pip install nothing nor-this"):
+        plan_launch(LaunchOptions(repository, free_endpoints()))
+    monkeypatch.setattr(tensorrt, "PACKAGES", {"quire": "quire"})
+    plan_launch(LaunchOptions(repository, free_endpoints()))
+
+
+def test_the_pool_of_a_hosted_plan_cannot_be_resized(tmp_path: Path, container: Path, driver: None) -> None:
+    write_stub(container, f"{sys.version_info[0]}.{sys.version_info[1]}")
+    repository = write_repository(tmp_path / "repository", EnginePlacement.HOSTED, PLAN)
+    with pytest.raises(SettingsError, match=r"kv_cache_bytes is set.*quire build"):
+        plan_launch(LaunchOptions(repository, free_endpoints(), {"kv_cache_bytes": 1 << 30}))
+
+
+def test_the_users_library_path_stays_for_the_servers_backends(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/nvinfer")
+    plan = plan_launch(LaunchOptions(repository, free_endpoints()))
+    assert plan.environment.get("LD_LIBRARY_PATH", "/opt/nvinfer").endswith("/opt/nvinfer")
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,11 +192,12 @@ def _cache_dir() -> Path:
 
 
 def _fingerprint(triton: TritonInstallation, package: Path) -> str:
-    """A short name for the combination of this server, this stub and this package."""
+    """A short name for the combination of this server, its backends, this stub and this package."""
     digest = hashlib.sha256()
     for path in (triton.binary, triton.backends, triton.stub, package):
         status = path.stat()
         # A folder's own times change with every cache file written into it.
         stamp = (status.st_size, status.st_mtime_ns) if path.is_file() else ()
         digest.update(repr((os.fspath(path), stamp)).encode())
+    digest.update(repr(sorted(backend.name for backend in triton.backends.iterdir())).encode())
     return digest.hexdigest()[:16]

@@ -22,10 +22,11 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from quire.errors import StartupError
+from quire.errors import SettingsError, StartupError
 from quire.execution.manifest import Manifest, read_manifest
 from quire.interface import LLM, SCHEDULER, EnginePlacement
 from quire.launcher.installation import TritonInstallation, backend_directory, find_triton
+from quire.launcher.tensorrt import check_tensorrt
 from quire.settings import ENVIRONMENT_PREFIX, ServingSettings
 
 SHM_DIR = Path("/dev/shm")
@@ -36,6 +37,8 @@ SHM_BYTES_PER_PROCESS = 4 << 20
 
 SERVER_EXIT_TIMEOUT_S = 5
 """How long Triton waits for requests and open streams after SIGTERM; they were drained before."""
+POOL_SETTINGS = ("kv_cache_bytes", "gpu_memory_utilization")
+"""Settings that decide how large a KV pool becomes, where that is decided at the start."""
 STUB_TIMEOUT_S = 600
 """How long a component may take to load; Triton's 30 s are too short for a large engine."""
 
@@ -124,6 +127,11 @@ class ModelRepository:
     parameters: Mapping[str, str]
     """The scheduler's, from its config.pbtxt; the other models have the same settings."""
 
+    @property
+    def has_hosted_plan(self) -> bool:
+        """Whether Triton's TensorRT backend hosts the engine."""
+        return self.manifest.runtime == "tensorrt" and self.engine is EnginePlacement.HOSTED
+
 
 def plan_launch(options: LaunchOptions) -> LaunchPlan:
     """Check machine, repository and settings, and work out the command.
@@ -136,6 +144,10 @@ def plan_launch(options: LaunchOptions) -> LaunchPlan:
     settings = ServingSettings.read(repository.parameters, {**os.environ, **chosen})
     triton = find_triton()
     triton.check_numpy(importlib.metadata.version("numpy"))
+    if repository.manifest.runtime == "tensorrt":
+        check_tensorrt(repository.engine, triton)
+    if repository.has_hosted_plan:
+        _check_pool_is_left_alone({**os.environ, **chosen})
     options.endpoints.check_free()
     check_shared_memory(repository, settings.within(repository.manifest.limits))
     shm_prefix = f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
@@ -184,15 +196,30 @@ def _scheduler_parameters(repository: Path) -> dict[str, str]:
     return {name: parameter.string_value for name, parameter in config.parameters.items()}
 
 
+def _check_pool_is_left_alone(environment: Mapping[str, str]) -> None:
+    """Refuse settings that a hosted plan cannot follow.
+
+    Raises:
+        SettingsError: the size of the KV pool is set.
+    """
+    for name in POOL_SETTINGS:
+        if ENVIRONMENT_PREFIX + name.upper() in environment:
+            raise SettingsError(
+                f"{name} is set, but the KV pool of an engine that Triton's TensorRT backend hosts was sized "
+                "when it was built; build again with `quire build --gpu-memory-utilization` or "
+                "`--engine in-process`"
+            )
+
+
 def check_shared_memory(repository: ModelRepository, settings: ServingSettings) -> None:
     """Check that /dev/shm holds the tensors that Triton's processes pass to each other.
 
     Raises:
         StartupError: it is smaller than the small tensors need, and one step's logits where a hosted
-            engine sends them and the scheduler reads them.
+            engine sends them and the scheduler reads them; a plan sends the tokens that it sampled.
     """
     needed = 4 * SHM_BYTES_PER_PROCESS
-    if repository.engine is EnginePlacement.HOSTED:
+    if repository.engine is EnginePlacement.HOSTED and not repository.has_hosted_plan:
         needed += 2 * 4 * settings.max_num_seqs * repository.manifest.model.vocab_size
     free = shutil.disk_usage(SHM_DIR).free
     if free < needed:

@@ -18,7 +18,7 @@ NUM_LAST_LINES = 20
 _LOG_LINE = re.compile(
     r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?P<source>[\w.]+:\d+)\] +(?P<text>.*)"
 )
-_ENGINE_LINE = re.compile(r"\d{4}-\d\d-\d\d \S+ \w+ quire\.execution\.\w+: .*")
+_ENGINE_LINE = re.compile(r"\d{4}-\d\d-\d\d \S+ \w+ quire\.execution\.[\w.]+: .*")
 _LOAD_FAILURE = re.compile(r'"?failed to load \'(?P<model>\w+)\' version \d+: (?P<cause>.*)')
 _TABLE = re.compile(r"[+|].*[+|]|")
 _NO_GPU = re.compile(r"CudaDriverHelper|pinned memory pool will not be available")
