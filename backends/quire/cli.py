@@ -89,6 +89,12 @@ def build(
         EnginePlacement,
         typer.Option(help="A Triton model, or in the scheduler's process: faster for small models."),
     ] = EnginePlacement.HOSTED,
+    gate_text: Annotated[
+        Path | None, typer.Option(help="Held-out text for the numerics gate; default: random tokens.")
+    ] = None,
+    accept_numerics: Annotated[
+        bool, typer.Option("--accept-numerics", help="Publish even beyond the gate's thresholds.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Build even if the repository is up to date.")] = False,
 ) -> None:
     """Compile a checkpoint into a model repository."""
@@ -109,6 +115,8 @@ def build(
             max_model_len=max_model_len,
             frontends=frontends,
             engine=engine,
+            gate_text=gate_text,
+            accept_numerics=accept_numerics,
             force=force,
             progress=lambda line: _stderr.print(line, markup=False),
         )
@@ -168,7 +176,9 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_model_len": max_model_len,
         "kv_cache_bytes": kv_cache_bytes,
-        "gpu_memory_utilization": gpu_memory_utilization and round(100 * gpu_memory_utilization),
+        "gpu_memory_utilization": (
+            None if gpu_memory_utilization is None else round(100 * gpu_memory_utilization)
+        ),
         "threads": threads,
         "max_queued_requests": max_queued_requests,
         "step_timeout_s": step_timeout_s,

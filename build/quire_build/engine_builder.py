@@ -62,11 +62,13 @@ class EngineBuilder(Protocol):
         runtime: its name in the manifest.
         block_size: tokens in a block of the pool.
         kv_element_bytes: bytes of one element of the pool, by the precisions that there are.
+        reference_device: where torch runs the module that the engine is held against.
     """
 
     runtime: Runtime
     block_size: int
     kv_element_bytes: Mapping[Precision, int]
+    reference_device: str
 
     def version(self) -> str:
         """The runtime's version.

@@ -24,6 +24,7 @@ class OpenVINOBuilder:
     block_size = 32
     """The only size that OpenVINO's CPU kernel takes."""
     kv_element_bytes: Mapping[Precision, int] = {"float32": 4, "bf16": 2}
+    reference_device = "cpu"
 
     def version(self) -> str:
         """OpenVINO's version."""

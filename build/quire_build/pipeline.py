@@ -33,7 +33,7 @@ from quire.interface import EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder_config import DecoderConfig
 from quire_build.engine_builder import INSTALL_HINT, BuiltEngine, EngineBuilder, EngineOptions, Progress
-from quire_build.gate import compare, describe, enforce, gate_workload
+from quire_build.gate import compare, describe, enforce, gate_workload, text_workload
 from quire_build.openvino_engine import OpenVINOBuilder
 from quire_build.repository import (
     DEFAULT_FRONTENDS,
@@ -91,6 +91,8 @@ def build(
     frontends: int = DEFAULT_FRONTENDS,
     engine: EnginePlacement = EnginePlacement.HOSTED,
     gpu_memory_utilization: int = 90,
+    gate_text: Path | None = None,
+    accept_numerics: bool = False,
     force: bool = False,
     progress: Progress = lambda message: None,
 ) -> BuildResult:
@@ -107,13 +109,15 @@ def build(
         frontends: processes that parse, tokenise and stream.
         engine: whether the engine is a Triton model or runs in the scheduler's process.
         gpu_memory_utilization: percent of the GPU's memory that a plan hosted by Triton is built to take.
+        gate_text: held-out text for the numerics gate; None has it run on random tokens.
+        accept_numerics: publish an engine that is beyond the gate's thresholds; its manifest says so.
         force: build even if `output` is up to date.
         progress: is told about each stage, a line at a time.
 
     Raises:
         CheckpointError: a file of the checkpoint is missing, damaged or contradicts another.
         UnsupportedModelError: Quire does not implement the model.
-        NumericsGateError: the engine differs from the torch module by more than the tolerance.
+        NumericsGateError: the engine differs from the torch module by more than a threshold.
         BuildError: a limit or the output cannot be accepted, or another build of it is under way.
     """
     started = time.monotonic()
@@ -152,17 +156,24 @@ def build(
         return BuildResult(output, manifest, was_up_to_date=True, seconds=time.monotonic() - started)
 
     with staged(output) as repository:
-        write_configs(repository, frontends, engine)
-        write_model_files(repository, source.directory, source.serving_files)
         directory = engine_dir(repository, engine)
-        manifest = _build_engine(source, record, options, directory, progress)
+        directory.mkdir(parents=True)
+        manifest = _build_engine(source, record, options, directory, gate_text, accept_numerics, progress)
+        write_configs(repository, frontends, engine, manifest if manifest.plan else None)
+        write_model_files(repository, source.directory, source.serving_files)
         (directory / RECORD_FILE).write_bytes(msgspec.json.encode(record))
     progress(f"published {output}")
     return BuildResult(output, manifest, was_up_to_date=False, seconds=time.monotonic() - started)
 
 
 def _build_engine(
-    source: Checkpoint, record: BuildRecord, options: EngineOptions, directory: Path, progress: Progress
+    source: Checkpoint,
+    record: BuildRecord,
+    options: EngineOptions,
+    directory: Path,
+    gate_text: Path | None,
+    accept_numerics: bool,
+    progress: Progress,
 ) -> Manifest:
     """Build and check the engine; afterwards `directory` holds it with its manifest."""
     builder = BUILDERS[record.runtime]
@@ -176,21 +187,29 @@ def _build_engine(
     write_manifest(manifest, directory)
 
     progress("comparing the engine with the torch module")
-    report = _measure(source, manifest, directory, builder)
+    report = _measure(source, manifest, directory, builder, gate_text)
     progress(describe(report))
-    enforce(report, record.precision)
+    enforce(report, record.precision, force=accept_numerics)
     manifest = msgspec.structs.replace(manifest, gate=report)
     write_manifest(manifest, directory)
     return manifest
 
 
-def _measure(source: Checkpoint, manifest: Manifest, directory: Path, builder: EngineBuilder) -> GateReport:
+def _measure(
+    source: Checkpoint, manifest: Manifest, directory: Path, builder: EngineBuilder, text: Path | None
+) -> GateReport:
     """Run the numerics gate on the engine as a server would load it."""
     from quire_build.torch_executor import TorchExecutor
 
-    workload = gate_workload(source.config.vocab_size, manifest.block_size, manifest.limits)
-    decoder = load_decoder(source, manifest.limits.max_model_len)
-    reference = TorchExecutor(decoder, source.config, workload.num_blocks, manifest.block_size)
+    # A plan returns logits for as many rows as it runs sequences.
+    rows = manifest.limits.max_num_seqs if manifest.plan else None
+    block_size, limits = manifest.block_size, manifest.limits
+    if text is None:
+        workload = gate_workload(source.config.vocab_size, block_size, limits, max_logits_rows=rows)
+    else:
+        workload = text_workload(text, source.directory, block_size, limits, max_logits_rows=rows)
+    decoder = load_decoder(source, limits.max_model_len).to(builder.reference_device)
+    reference = TorchExecutor(decoder, source.config, workload.num_blocks, block_size)
     engine = builder.executor(directory, manifest, workload)
     try:
         return compare(reference, engine, workload, manifest.precision)

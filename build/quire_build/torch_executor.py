@@ -8,7 +8,9 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.errors import EngineStepError
@@ -34,17 +36,32 @@ class FinishedStep:
 
 
 class TorchExecutor:
-    """Runs a decoder over `num_blocks` blocks of `block_size` tokens, the null block included."""
+    """Runs a decoder over `num_blocks` blocks of `block_size` tokens, the null block included.
+
+    It runs where the decoder is. Keys and values are kept as `kv_dtype`; all arithmetic is float32.
+    """
 
     max_in_flight = 1
     token_feedback = False
 
-    def __init__(self, decoder: Decoder, config: DecoderConfig, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: DecoderConfig,
+        num_blocks: int,
+        block_size: int,
+        kv_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._decoder = decoder
+        self._device = next(decoder.parameters()).device
         self._pool_info = PoolInfo(num_blocks=num_blocks, epoch=secrets.randbits(31))
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._key_caches = [torch.zeros(shape) for _ in range(config.num_layers)]
-        self._value_caches = [torch.zeros(shape) for _ in range(config.num_layers)]
+        self._key_caches = [
+            torch.zeros(shape, dtype=kv_dtype, device=self._device) for _ in range(config.num_layers)
+        ]
+        self._value_caches = [
+            torch.zeros(shape, dtype=kv_dtype, device=self._device) for _ in range(config.num_layers)
+        ]
 
     def pool_info(self, timeout_s: float) -> PoolInfo:
         """The pool, which is there from the start."""
@@ -67,14 +84,17 @@ class TorchExecutor:
     def _run(self, inputs: ModelInputs) -> Tensor:
         logits: Tensor
         logits, _, _ = self._decoder(
-            torch.from_numpy(inputs.input_ids),
-            torch.from_numpy(inputs.positions),
-            torch.from_numpy(inputs.slot_mapping),
-            torch.from_numpy(inputs.block_tables),
-            torch.from_numpy(inputs.query_start_loc),
-            torch.from_numpy(inputs.seq_lens),
-            torch.from_numpy(inputs.logits_indices),
+            self._tensor(inputs.input_ids),
+            self._tensor(inputs.positions),
+            self._tensor(inputs.slot_mapping),
+            self._tensor(inputs.block_tables),
+            self._tensor(inputs.query_start_loc),
+            self._tensor(inputs.seq_lens),
+            self._tensor(inputs.logits_indices),
             self._key_caches,
             self._value_caches,
         )
-        return logits
+        return logits.cpu()
+
+    def _tensor(self, values: NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)

@@ -45,6 +45,7 @@ class TensorRTBuilder:
     runtime: Runtime = "tensorrt"
     block_size = 16
     kv_element_bytes: Mapping[Precision, int] = {"bf16": 2, "fp16": 2}
+    reference_device = "cuda"
 
     def version(self) -> str:
         """TensorRT's version."""
