@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from quire.errors import EngineStepError
 from quire.execution.input_batch import InputBatch, PreparedStep, patch
 from quire.execution.manifest import EngineLimits
 from quire.execution.model_inputs import InputsCheck, ModelInputs
+from quire.execution.philox import uniforms
 from quire.execution.sampler import SMALLEST_TEMPERATURE
 from quire.scheduling.request import Request
 from quire.scheduling.sampling_params import SamplingParams
@@ -19,8 +21,14 @@ LIMITS = EngineLimits(max_num_seqs=3, max_num_batched_tokens=16, max_model_len=2
 CHECK = InputsCheck(vocab_size=1000, block_size=BLOCK_SIZE, num_blocks=30, limits=LIMITS)
 
 
-def make_batch() -> InputBatch:
-    return InputBatch(LIMITS.max_num_seqs, LIMITS.max_num_batched_tokens, LIMITS.max_model_len, BLOCK_SIZE)
+def make_batch(*, sampled_by_engine: bool = False) -> InputBatch:
+    return InputBatch(
+        LIMITS.max_num_seqs,
+        LIMITS.max_num_batched_tokens,
+        LIMITS.max_model_len,
+        BLOCK_SIZE,
+        sampled_by_engine=sampled_by_engine,
+    )
 
 
 def request(name: str, prompt: list[int], parameters: SamplingParams | None = None) -> Request:
@@ -178,12 +186,14 @@ def test_rows_of_ended_requests_are_used_again_and_nothing_of_them_is_left() -> 
 
 
 def test_a_step_stays_as_it_is_while_the_next_one_is_prepared() -> None:
-    batch = make_batch()
-    first = request("a", [1, 2, 3])
+    batch = make_batch(sampled_by_engine=True)
+    first = request("a", [1, 2, 3], SamplingParams(seed=3))
     step = prepare(batch, output([(first, 0, 3)], sampling=[0], new={"a": [1]}))
-    before = as_lists(step.inputs)
+    assert step.inputs.sampling is not None
+    before, sampling_before = as_lists(step.inputs), step.inputs.sampling.tolist()
     prepare(batch, output([(first, 3, 1)], sampling=[0]))
     assert as_lists(step.inputs) == before
+    assert step.inputs.sampling.tolist() == sampling_before
 
 
 def test_sampling_parameters_go_with_the_rows_that_sample() -> None:
@@ -203,3 +213,48 @@ def test_sampling_parameters_go_with_the_rows_that_sample() -> None:
     step = prepare(batch, output([(cold, 0, 1), (drawn, 2, 1)], sampling=[0, 1]))
     assert step.sampling.inverse_temperature.tolist() == pytest.approx([1 / SMALLEST_TEMPERATURE, 2])
     assert step.sampling.output_index.tolist() == [0, 1]
+
+
+def test_an_engine_that_samples_gets_what_the_sampler_would_go_by() -> None:
+    greedy = request("g", [1])
+    drawn = request("d", [2, 3], SamplingParams(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=12))
+    batch = make_batch(sampled_by_engine=True)
+    spans = [(greedy, 0, 1), (drawn, 0, 2)]
+    step = prepare(batch, output(spans, sampling=[0, 1], new={"g": [1], "d": [2]}))
+    first, second = uniforms(np.array([12, 12], np.uint64), np.array([0, 1])).tolist()
+    parameters = np.array([2, 7, 0.9, 0.1], np.float32).tolist()
+    assert step.inputs.sampling is not None
+    assert step.inputs.sampling.dtype == np.float32
+    assert step.inputs.sampling.flags.c_contiguous
+    assert step.inputs.sampling.tolist() == [[0, 0, 1, 0, 0], [*parameters, first]]
+    step = prepare(batch, output([(drawn, 2, 1)], sampling=[0]))
+    assert step.inputs.sampling is not None
+    assert step.inputs.sampling.tolist() == [[*parameters, second]]
+    assert (
+        prepare(make_batch(), output(spans, sampling=[1], new={"g": [1], "d": [2]})).inputs.sampling is None
+    )
+
+
+def decode_step(input_ids: list[int], *, sampling: NDArray[np.float32] | None = None) -> ModelInputs:
+    """Sequences of one token each."""
+    spans = [(request(str(index), [token_id]), 0, 1) for index, token_id in enumerate(input_ids)]
+    new = {str(index): [index + 1] for index in range(len(input_ids))}
+    inputs = prepare(make_batch(), output(spans, sampling=list(range(len(spans))), new=new)).inputs
+    inputs.sampling = sampling
+    return inputs
+
+
+def test_marks_are_for_rows_that_the_step_before_sampled() -> None:
+    CHECK(decode_step([5, -2, -1]), num_sampled_before=2)
+    with pytest.raises(EngineStepError, match=r"contains -3; it must be 0 to 999, or -2 to -1 for a row of"):
+        CHECK(decode_step([5, -3, -1]), num_sampled_before=2)
+    with pytest.raises(EngineStepError, match=r"input_ids contains -1; it must be 0 to 999$"):
+        CHECK(decode_step([5, -1]))
+    with pytest.raises(EngineStepError, match=r"input_ids contains 1000"):
+        CHECK(decode_step([1000, -1]), num_sampled_before=2)
+
+
+def test_sampling_has_a_row_of_five_for_each_row_of_logits() -> None:
+    CHECK(decode_step([5, 6], sampling=np.zeros((2, 5), np.float32)))
+    with pytest.raises(EngineStepError, match=r"sampling has shape \[1, 5\]; it must have shape \[2, 5\]"):
+        CHECK(decode_step([5, 6], sampling=np.zeros((1, 5), np.float32)))

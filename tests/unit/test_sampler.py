@@ -35,8 +35,8 @@ def batch(
     return SamplingBatch(
         inverse_temperature=np.full(num_rows, 1 / temperature if temperature else 0, np.float32),
         top_k=np.full(num_rows, top_k),
-        top_p=np.full(num_rows, top_p),
-        min_p=np.full(num_rows, min_p),
+        top_p=np.full(num_rows, top_p, np.float32),
+        min_p=np.full(num_rows, min_p, np.float32),
         seed=np.arange(first_seed, first_seed + num_rows, dtype=np.uint64),
         output_index=np.zeros(num_rows, np.int64),
     )
@@ -47,8 +47,8 @@ def mixed_batch(num_rows: int, rng: np.random.Generator) -> SamplingBatch:
     return SamplingBatch(
         inverse_temperature=rng.choice([0, 0.5, 1, 1.5], num_rows).astype(np.float32),
         top_k=rng.choice([0, 1, 3, 50, 10**6], num_rows),
-        top_p=rng.choice([0.1, 0.5, 0.9, 1.0], num_rows),
-        min_p=rng.choice([0.0, 0.02, 0.3], num_rows),
+        top_p=rng.choice([0.1, 0.5, 0.9, 1.0], num_rows).astype(np.float32),
+        min_p=rng.choice([0.0, 0.02, 0.3], num_rows).astype(np.float32),
         seed=rng.integers(0, 2**64 - 1, num_rows, dtype=np.uint64),
         output_index=rng.integers(0, 5000, num_rows),
     )
@@ -191,3 +191,18 @@ def test_logits_that_are_not_numbers_are_an_error(temperature: float, broken: li
 
 def test_a_step_without_rows_samples_nothing() -> None:
     assert Sampler().sample(np.zeros((0, 100), np.float32), batch(0)).tolist() == []
+
+
+def test_packed_parameters_say_all_that_a_token_depends_on() -> None:
+    rng = np.random.default_rng(7)
+    logits, parameters = peaked_logits(200, 300, rng), mixed_batch(200, rng)
+    tensor = np.full((200, 5), np.nan, np.float32)
+    parameters.pack(tensor)
+    drawn = parameters.inverse_temperature > 0
+    numbers = uniforms(parameters.seed, parameters.output_index)
+    assert tensor[:, 4].tolist() == np.where(drawn, numbers, 0).tolist()
+    packed = Sampler().sample_packed(logits, tensor).tolist()
+    assert packed == Sampler().sample(logits, parameters).tolist()
+    tensor[drawn, 4] = 0
+    smallest = Sampler().sample_packed(logits, tensor)
+    assert smallest.tolist() == logits.argmax(axis=1).tolist()
