@@ -25,6 +25,8 @@ class LinearTile:
         block_k: how much of k is multiplied at once.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline over k.
+        transposed: multiply the weight with the rows, so that the matrix instructions' long side is n.
+        ahead: hold the next tile of k in registers instead of the pipeline's shared memory; for one stage.
     """
 
     splits: int
@@ -33,6 +35,8 @@ class LinearTile:
     block_k: int
     num_warps: int
     num_stages: int
+    transposed: bool = False
+    ahead: bool = False
 
 
 def tiles(n: int, k: int, gated: bool) -> tuple[LinearTile, ...]:

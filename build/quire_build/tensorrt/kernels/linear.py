@@ -29,6 +29,8 @@ ROW_TILES_PER_GROUP = tl.constexpr(8)
 CACHE_LINE_BYTES = tl.constexpr(128)
 LINES_PER_PREFETCH = tl.constexpr(128)
 """Cache lines that a program asks for at once, one a thread."""
+WHOLE_EPILOGUE = tl.constexpr(128 * 128)
+"""Elements from which on a tile is finished by halves: its way to memory leads through shared memory."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """The interpreter has no inline assembly; a prefetch changes nothing that it could see."""
 
@@ -48,6 +50,143 @@ def _prefetch(weight, program, programs, BYTES: tl.constexpr):
             dtype=tl.int32,
             is_pure=False,
             pack=1,
+        )
+
+
+@triton.jit
+def _load(
+    x_tile,
+    w_tile,
+    tile,
+    end,
+    row_mask,
+    n_mask,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GUARDED: tl.constexpr,
+):
+    """Rows and weights of one tile of K, the gate's and the up projection's; zeros from ``end`` on."""
+    start = tile * BLOCK_K
+    x_mask = row_mask[:, None]
+    w_mask = n_mask[:, None]
+    if K % BLOCK_K != 0:
+        k_mask = (start + tl.arange(0, BLOCK_K) < K)[None, :]
+        x_mask = x_mask & k_mask
+        w_mask = w_mask & k_mask
+    if GUARDED:
+        k_end = tl.where(tile < end, BLOCK_K, 0)
+        x_mask = x_mask & (tl.arange(0, BLOCK_K) < k_end)[None, :]
+        w_mask = w_mask & (tl.arange(0, BLOCK_K) < k_end)[None, :]
+    w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
+    w_up = w
+    if GATED:
+        w_up = tl.load(w_tile + N * K + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
+    a = tl.load(x_tile + start, mask=x_mask, other=0.0)
+    return a, w, w_up
+
+
+@triton.jit
+def _multiply(a, w, acc, TRANSPOSED: tl.constexpr):
+    """``acc`` plus a @ w.T, or the transpose of that."""
+    if TRANSPOSED:
+        acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _store_partial(
+    plane, tile, row_mask, first_column, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Write one split of a tile to the columns of its plane of scratch."""
+    row = tl.arange(0, BLOCK_M)[:, None] * N
+    if BLOCK_M * BLOCK_N >= WHOLE_EPILOGUE // 2:
+        n = first_column + tl.arange(0, BLOCK_N // 2)[None, :]
+        left, right = _halves(tile, BLOCK_M, BLOCK_N)
+        tl.store(plane + row + n, left, mask=row_mask[:, None] & (n < N))
+        n += BLOCK_N // 2
+        tl.store(plane + row + n, right, mask=row_mask[:, None] & (n < N))
+    else:
+        n = first_column + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(plane + row + n, tile, mask=row_mask[:, None] & (n < N))
+
+
+@triton.jit
+def _finish(
+    acc,
+    up,
+    row,
+    first_column,
+    num_rows,
+    squares,
+    residual,
+    next_norm,
+    bias,
+    out,
+    normed,
+    out_squares,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPSILON: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Everything behind the product, for the columns from ``first_column`` on."""
+    row_mask = row < num_rows
+    n = first_column + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+    mask = row_mask[:, None] & n_mask[None, :]
+    if NORMED:
+        SUMS: tl.constexpr = K // SQUARES_WIDTH
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for first in range(0, SUMS, 32):
+            place_of_sum = first + tl.arange(0, 32)
+            total += tl.sum(
+                tl.load(
+                    squares + row[:, None] * SUMS + place_of_sum[None, :],
+                    mask=row_mask[:, None] & (place_of_sum < SUMS)[None, :],
+                    other=0.0,
+                ),
+                1,
+            )
+        scale = tl.rsqrt(total / K + EPSILON)[:, None]
+        acc = acc * scale
+        up = up * scale
+    if BIAS:
+        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias + N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * up
+    target = row.to(tl.int64)[:, None] * N + n[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
+    result = acc.to(out.dtype.element_ty)
+    tl.store(out + target, result, mask=mask)
+    if RESIDUAL:
+        kept = tl.where(mask, result.to(tl.float32), 0.0)
+        gain = tl.load(next_norm + n, mask=n_mask, other=0.0).to(tl.float32)
+        tl.store(normed + target, (kept * gain[None, :]).to(normed.dtype.element_ty), mask=mask)
+        PARTS: tl.constexpr = BLOCK_N // SQUARES_WIDTH
+        sums = tl.sum(tl.reshape(kept * kept, [BLOCK_M, PARTS, SQUARES_WIDTH]), 2)
+        part = first_column // SQUARES_WIDTH + tl.arange(0, PARTS)
+        tl.store(
+            out_squares + row[:, None] * (N // SQUARES_WIDTH) + part[None, :],
+            sums,
+            mask=row_mask[:, None] & (part < N // SQUARES_WIDTH)[None, :],
         )
 
 
@@ -79,6 +218,8 @@ def linear(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Compute one tile of ``out``, or one split of it.
 
@@ -132,36 +273,50 @@ def linear(
     x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
     w_tile = weight + n.to(tl.int64)[:, None] * K + k[None, :]
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for tile in range(begin, end):
-        start = tile * BLOCK_K
-        x_mask = row_mask[:, None]
-        w_mask = n_mask[:, None]
-        if K % BLOCK_K != 0:
-            k_mask = start + k < K
-            x_mask = x_mask & k_mask[None, :]
-            w_mask = w_mask & k_mask[None, :]
-        w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
-        a = tl.load(x_tile + start, mask=x_mask, other=0.0)
-        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
-        if GATED:
-            w_up = tl.load(w_tile + N * K + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
-            up = tl.dot(a, tl.trans(w_up), up, input_precision="ieee")
+    if TRANSPOSED:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if AHEAD:
+        a_next, w_next, up_next = _load(
+            x_tile, w_tile, begin, end, row_mask, n_mask, K, N, GATED, BLOCK_K, False
+        )
+        for tile in range(begin, end):
+            a, w, w_up = a_next, w_next, up_next
+            a_next, w_next, up_next = _load(
+                x_tile, w_tile, tile + 1, end, row_mask, n_mask, K, N, GATED, BLOCK_K, True
+            )
+            acc = _multiply(a, w, acc, TRANSPOSED)
+            if GATED:
+                up = _multiply(a, w_up, up, TRANSPOSED)
+    else:
+        for tile in range(begin, end):
+            a, w, w_up = _load(x_tile, w_tile, tile, end, row_mask, n_mask, K, N, GATED, BLOCK_K, False)
+            acc = _multiply(a, w, acc, TRANSPOSED)
+            if GATED:
+                up = _multiply(a, w_up, up, TRANSPOSED)
+    if TRANSPOSED:
+        acc = tl.trans(acc)
+        up = tl.trans(up)
 
     if PREFETCH_BYTES > 0 and not INTERPRETED:
         program = place_in_launch + split * row_tiles * COLUMNS
         _prefetch(next_weight, program, row_tiles * COLUMNS * tl.num_programs(2), PREFETCH_BYTES)
 
-    mask = row_mask[:, None] & n_mask[None, :]
     if SPLITS > 1:
         if splits_used > 1:
+            mask = row_mask[:, None] & n_mask[None, :]
             place = tl.arange(0, BLOCK_M)[:, None] * N + n[None, :]
             PLANE: tl.constexpr = BLOCK_M * N * (2 if GATED else 1)
+            # As many splits as leave room for what is read of them in registers.
+            AT_ONCE: tl.constexpr = 8192 // (BLOCK_M * BLOCK_N) if BLOCK_M * BLOCK_N <= 4096 else 2
             planes = partial + row_tile * num_splits * PLANE
-            tl.store(planes + split * PLANE + place, acc, mask=mask)
+            _store_partial(planes + split * PLANE, acc, row_mask, column * BLOCK_N, N, BLOCK_M, BLOCK_N)
             if GATED:
-                tl.store(planes + split * PLANE + BLOCK_M * N + place, up, mask=mask)
+                up_plane = planes + split * PLANE + BLOCK_M * N
+                _store_partial(up_plane, up, row_mask, column * BLOCK_N, N, BLOCK_M, BLOCK_N)
             tl.debug_barrier()  # every thread's stores come before the count
             counters = engine_state.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_OFFSET
             counter = counters + row_tile * COLUMNS + column
@@ -170,51 +325,35 @@ def linear(
                 return
             tl.store(counter, 0)
             tl.debug_barrier()
-            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for other in tl.static_range(SPLITS):
-                part = planes + other * PLANE + place
-                there = mask & (row < tl.where(splits_used > other, num_rows, 0))[:, None]
-                acc += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
-                if GATED:
-                    up += tl.load(part + BLOCK_M * N, mask=there, other=0.0, cache_modifier=".cg")
+            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            up_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for first in range(0, splits_used, AT_ONCE):
+                for offset in tl.static_range(AT_ONCE):
+                    other = first + offset
+                    part = planes + other * PLANE + place
+                    there = mask & (row < tl.where(other < splits_used, num_rows, 0))[:, None]
+                    total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
+                    if GATED:
+                        up_total += tl.load(part + BLOCK_M * N, mask=there, other=0.0, cache_modifier=".cg")
+            _finish(
+                total, up_total, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
+                normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            return
 
-    if NORMED:
-        SUMS: tl.constexpr = K // SQUARES_WIDTH
-        total = tl.zeros([BLOCK_M], tl.float32)
-        for first in range(0, SUMS, 32):
-            place_of_sum = first + tl.arange(0, 32)
-            total += tl.sum(
-                tl.load(
-                    squares + row[:, None] * SUMS + place_of_sum[None, :],
-                    mask=row_mask[:, None] & (place_of_sum < SUMS)[None, :],
-                    other=0.0,
-                ),
-                1,
-            )
-        scale = tl.rsqrt(total / K + EPSILON)[:, None]
-        acc = acc * scale
-        up = up * scale
-    if BIAS:
-        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias + N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        acc = acc / (1.0 + tl.exp(-acc)) * up
-    target = row.to(tl.int64)[:, None] * N + n[None, :]
-    if RESIDUAL:
-        acc += tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
-    result = acc.to(out.dtype.element_ty)
-    tl.store(out + target, result, mask=mask)
-    if RESIDUAL:
-        kept = tl.where(mask, result.to(tl.float32), 0.0)
-        gain = tl.load(next_norm + n, mask=n_mask, other=0.0).to(tl.float32)
-        tl.store(normed + target, (kept * gain[None, :]).to(normed.dtype.element_ty), mask=mask)
-        PARTS: tl.constexpr = BLOCK_N // SQUARES_WIDTH
-        sums = tl.sum(tl.reshape(kept * kept, [BLOCK_M, PARTS, SQUARES_WIDTH]), 2)
-        part = column * PARTS + tl.arange(0, PARTS)
-        tl.store(
-            out_squares + row[:, None] * (N // SQUARES_WIDTH) + part[None, :],
-            sums,
-            mask=row_mask[:, None] & (part < N // SQUARES_WIDTH)[None, :],
-        )
+    if BLOCK_M * BLOCK_N >= WHOLE_EPILOGUE:
+        acc, acc_right = _halves(acc, BLOCK_M, BLOCK_N)
+        up, up_right = _halves(up, BLOCK_M, BLOCK_N)
+        _finish(
+            acc, up, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
+            normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _finish(
+            acc_right, up_right, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual, next_norm,
+            bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+    else:
+        _finish(
+            acc, up, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
+            normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip

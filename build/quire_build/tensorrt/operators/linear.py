@@ -110,6 +110,8 @@ class Linear:
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
+                "TRANSPOSED": tile.transposed,
+                "AHEAD": tile.ahead,
             },
             grid=(-(-self.n // tile.block_n), row_tiles, splits),
             integers=(rows, splits),

@@ -1,0 +1,344 @@
+"""Times of the linear layers of Llama-3-8B in candidate tiles, beside cuBLAS's for the same products.
+
+    PYTHONPATH=build:backends python tests/benchmarks/gpu_linear.py --seconds 300 --output OUT.json
+
+For each kind of layer and number of rows, bfloat16: CUDA graph replays over several weights, so that no cache
+helps. Tiles that a plan cannot launch are left out. The candidates are compiled first, by all processors; the
+most promising are measured first, and what the time does not suffice for is left out. Then, with the best
+tiles, whole layers one after another, with more and more of the next weight fetched ahead. `linear_tiles.py`
+holds what came out of this.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_timing import Results, graph_time_ms
+from torch import Tensor
+
+from quire.execution.engine_state import NUM_COUNTERS, engine_state_elements
+from quire_build.tensorrt.kernels.compiled import MAX_SHARED_BYTES
+from quire_build.tensorrt.linear_tiles import LinearTile, tiles
+from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic
+
+HIDDEN, FFN, VOCABULARY = 4096, 14336, 128256
+WEIGHT_BYTES = 600 << 20
+"""Of one kind's weights together: many times the L2 cache."""
+PLAIN: dict[str, Any] = {
+    "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
+    "prefetch_bytes": 0,
+}  # fmt: skip
+KINDS = {
+    "qkv": Linear(k=HIDDEN, n=6144, **(PLAIN | {"normed": 1})),
+    "output": Linear(k=HIDDEN, n=HIDDEN, **(PLAIN | {"adds_residual": 1})),
+    "gate_up": Linear(k=HIDDEN, n=FFN, **(PLAIN | {"normed": 1, "gated": 1})),
+    "down": Linear(k=FFN, n=HIDDEN, **(PLAIN | {"adds_residual": 1})),
+    "lm_head": Linear(k=HIDDEN, n=VOCABULARY, **(PLAIN | {"wide_output": 1, "normed": 1})),
+}
+LAYER = ("qkv", "output", "gate_up", "down")
+ROWS = (64, 128, 256, 32, 16, 1, 512, 2048, 8192)
+"""The most interesting first."""
+MOST_LOGITS = 512
+PROGRAMS = (264, 400, 132)
+"""Programs that splits aim at: two, three and one for each SM of a Hopper GPU."""
+PREFETCH_MIB = (0, 4, 8, 16, 24, 32)
+
+T, A = "transposed", "ahead"
+PLAIN_SHAPES: tuple[tuple[Any, ...], ...] = (
+    (16, 32, 128, 4, 4), (16, 64, 128, 4, 3), (16, 32, 128, 4, 5), (16, 64, 128, 4, 1, A),
+    (16, 64, 64, 4, 5), (16, 32, 256, 4, 3), (16, 128, 64, 4, 3), (16, 64, 128, 4, 2, T), (16, 32, 256, 4, 1, A),
+    (32, 64, 64, 4, 4), (32, 64, 64, 4, 4, T), (32, 32, 128, 4, 3), (32, 64, 128, 4, 1, A),
+    (64, 64, 64, 4, 3), (64, 64, 64, 4, 3, T), (64, 128, 64, 4, 2), (64, 64, 128, 4, 1, A),
+    (64, 128, 32, 4, 4), (64, 128, 64, 8, 2, T), (64, 128, 64, 4, 1, A), (64, 256, 32, 4, 2),
+    (128, 128, 32, 8, 3), (128, 64, 64, 4, 2), (128, 64, 64, 8, 2), (128, 128, 64, 8, 1, A),
+    (128, 256, 32, 8, 2), (128, 128, 32, 4, 3), (128, 64, 32, 4, 4), (128, 256, 64, 8, 1, A),
+    (256, 128, 32, 8, 2), (256, 128, 64, 8, 1, A), (128, 128, 32, 8, 3, T), (256, 64, 32, 8, 2),
+)  # fmt: skip
+GATED_SHAPES: tuple[tuple[Any, ...], ...] = (
+    (16, 32, 128, 4, 3), (16, 32, 128, 4, 2), (16, 32, 64, 4, 5), (16, 64, 64, 4, 3), (16, 32, 128, 4, 1, A),
+    (16, 64, 64, 4, 3, T), (16, 64, 128, 4, 1, A),
+    (32, 32, 64, 4, 4), (32, 64, 64, 4, 3), (32, 64, 64, 4, 2, T), (32, 32, 128, 4, 2), (32, 32, 128, 4, 1, A),
+    (64, 64, 64, 4, 2), (64, 32, 64, 4, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 2, T), (64, 64, 64, 4, 1, A),
+    (64, 128, 32, 4, 2), (64, 128, 64, 8, 1, A), (64, 128, 32, 8, 2),
+    (128, 64, 32, 8, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 2), (128, 64, 64, 8, 1, A),
+    (128, 128, 64, 8, 1, A), (256, 64, 32, 8, 2), (256, 64, 64, 8, 1, A), (128, 64, 32, 8, 3, T),
+)  # fmt: skip
+"""Rows, columns and depth of a tile, warps, stages, and what else is to be set."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A layer in tiles of one shape, what one compiled kernel computes."""
+
+    layer: Linear
+    tile: LinearTile
+
+    def launch(self, rows: int) -> Launch:
+        """For so many rows."""
+        return self.layer.launch_in(self.tile, [(rows, self.layer.k)], PlainArithmetic())
+
+
+def candidates(kind: str) -> list[LinearTile]:
+    """Tiles worth measuring, the most promising of each number of rows first."""
+    layer = KINDS[kind]
+    found = list(tiles(layer.n, layer.k, bool(layer.gated)))
+    for programs in PROGRAMS:
+        for block_m, block_n, block_k, num_warps, num_stages, *flags in (
+            GATED_SHAPES if layer.gated else PLAIN_SHAPES
+        ):
+            columns = -(-layer.n // block_n)
+            most = min(layer.k // (2 * block_k), 2 * NUM_COUNTERS // columns)
+            splits = max(1, min(round(programs / columns), most))
+            tile = LinearTile(splits, block_m, block_n, block_k, num_warps, num_stages)
+            tile = replace(tile, **dict.fromkeys(flags, True))
+            if tile not in found:
+                found.append(tile)
+    return found
+
+
+def suits(tile: LinearTile, rows: int) -> bool:
+    """Whether a tile is worth measuring at so many rows."""
+    fewest, most = {16: (1, 32), 32: (17, 64), 64: (32, 512), 128: (65, 8192), 256: (129, 8192)}[tile.block_m]
+    if tile.splits > 1 and tile.splits // -(-rows // tile.block_m) < 2 and rows > 256:
+        return False  # no longer split, so that the same shape with fewer splits stands for it
+    return fewest <= rows <= most
+
+
+def compile_variant(variant: Variant) -> int:
+    """Compile into the language's cache on disk; bytes of shared memory, or -1 if that is not possible."""
+    launch = variant.launch(64)
+    types = {MODEL: torch.bfloat16, "fp32": torch.float32, "i64": torch.int64}
+    arguments = [types[kind[1:]] if kind.startswith("*") else 1 for kind in launch.types.values()]
+    try:
+        built = launch.kernel.warmup(
+            *arguments,
+            grid=(1,),
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    except Exception as error:  # a candidate that the compiler refuses is none
+        print(f"{variant.tile}: {error}"[:300], flush=True)
+        return -1
+    return int(built.metadata.shared)
+
+
+def launchable(pool: ProcessPoolExecutor, variants: Sequence[Variant]) -> list[Variant]:
+    """Those that compile and that a plan can launch."""
+    sizes = pool.map(compile_variant, variants)
+    return [v for v, size in zip(variants, sizes, strict=True) if 0 <= size <= MAX_SHARED_BYTES]
+
+
+class Bench:
+    """Weights of every kind, and room for what the layers read and write besides."""
+
+    def __init__(self) -> None:
+        self.state = torch.zeros(engine_state_elements(256), dtype=torch.int64, device="cuda")
+        self.weights = {kind: self._weights(layer) for kind, layer in KINDS.items()}
+        self._scratch = torch.empty(1, device="cuda")
+
+    def _weights(self, layer: Linear) -> list[Tensor]:
+        shape = (layer.n * (1 + layer.gated), layer.k)
+        copies = max(2, WEIGHT_BYTES // (2 * shape[0] * shape[1]))
+        return [torch.randn(shape, dtype=torch.bfloat16, device="cuda") * 0.02 for _ in range(copies)]
+
+    def inputs(self, layer: Linear, rows: int) -> dict[str, Tensor]:
+        """What a layer reads beside its weight."""
+        x = torch.randn(rows, layer.k, dtype=torch.bfloat16, device="cuda")
+        return {
+            "x": x,
+            "squares": x.float().square().view(rows, -1, 32).sum(-1),
+            "residual": torch.randn(rows, layer.n, dtype=torch.bfloat16, device="cuda"),
+            "next_norm": torch.randn(layer.n, dtype=torch.bfloat16, device="cuda"),
+        }
+
+    def outputs(self, layer: Linear, rows: int) -> list[Tensor]:
+        """Room for what a layer writes, without scratch."""
+        shapes = [(rows, layer.k)]
+        return [
+            torch.empty(shape, dtype=torch.bfloat16 if kind == MODEL else torch.float32, device="cuda")
+            for shape, kind in layer.outputs(shapes)[:3]
+        ]
+
+    def ready(
+        self,
+        variant: Variant,
+        weight: Tensor,
+        next_weight: Tensor,
+        inputs: dict[str, Tensor],
+        outputs: list[Tensor],
+    ) -> Callable[[], object]:
+        """A launch with all its arguments."""
+        layer, tile = variant.layer, variant.tile
+        x = inputs["x"]
+        launch = variant.launch(x.shape[0])
+        wanted = tile.splits * tile.block_m * layer.n * (1 + layer.gated)
+        if self._scratch.numel() < wanted:
+            self._scratch = torch.empty(wanted, device="cuda")
+        arguments = [
+            x, weight, inputs["squares"], inputs["residual"], inputs["next_norm"], x, self.state, next_weight,
+            *launch.integers, *outputs, self._scratch,
+        ]  # fmt: skip
+        return functools.partial(
+            launch.kernel[launch.grid],
+            *arguments,
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+
+    def error(self, variant: Variant, rows: int) -> float:
+        """Distance of a layer's result from torch's in float32, relative to it."""
+        layer, weight = variant.layer, self.weights[kind_of(variant.layer)][0]
+        inputs, outputs = self.inputs(layer, rows), self.outputs(layer, rows)
+        outputs[0].fill_(float("nan"))
+        self.ready(variant, weight, weight, inputs, outputs)()
+        expected = inputs["x"].float() @ weight.float().T
+        if layer.normed:
+            scale = inputs["x"].float().square().mean(-1, keepdim=True) + layer.epsilon
+            expected *= torch.rsqrt(scale)
+        if layer.gated:
+            gate, up = expected.chunk(2, dim=-1)
+            expected = torch.nn.functional.silu(gate) * up
+        if layer.adds_residual:
+            expected += inputs["residual"].float()
+        return float((outputs[0].float() - expected).norm() / expected.norm())
+
+
+def kind_of(layer: Linear) -> str:
+    """The name of a layer's kind."""
+    return next(kind for kind, other in KINDS.items() if replace(layer, prefetch_bytes=0) == other)
+
+
+def one_after_another(launches: Iterable[Callable[[], object]]) -> Callable[[int], None]:
+    """All of them as one step."""
+    kept = list(launches)
+
+    def step(_stream: int) -> None:
+        for launch in kept:
+            launch()
+
+    return step
+
+
+def replays(rows: int) -> int:
+    """Few where one takes long."""
+    return 15 if rows <= 512 else 5
+
+
+def measure_tiles(
+    results: Results, bench: Bench, pool: ProcessPoolExecutor, deadline: float
+) -> dict[Any, Any]:
+    """Every candidate at every number of rows; the best by kind and rows, as (us, tile)."""
+    best: dict[tuple[str, int], tuple[float, LinearTile]] = {}
+    cublas: dict[tuple[str, int], float] = {}
+    usable: dict[str, list[LinearTile]] = {}
+    for kind, layer in KINDS.items():
+        variants = launchable(pool, [Variant(layer, tile) for tile in candidates(kind)])
+        usable[kind] = [variant.tile for variant in variants]
+        print(f"{kind}: {len(variants)} of {len(candidates(kind))} candidates", flush=True)
+    cases = [(kind, rows) for rows in ROWS for kind in KINDS if kind != "lm_head" or rows <= MOST_LOGITS]
+    given = {case: [tile for tile in usable[case[0]] if suits(tile, case[1])] for case in cases}
+    checked: dict[tuple[str, LinearTile], float] = {}
+    for rank in range(-1, max(map(len, given.values()))):
+        for kind, rows in cases:
+            if time.monotonic() > deadline:
+                return best
+            layer, weights = KINDS[kind], bench.weights[kind]
+            inputs, outputs = bench.inputs(layer, rows), bench.outputs(layer, rows)
+            if rank < 0:
+                wide = torch.empty(rows, weights[0].shape[0], dtype=torch.bfloat16, device="cuda")
+                step = one_after_another(
+                    functools.partial(torch.matmul, inputs["x"], weight.T, out=wide) for weight in weights
+                )
+                cublas[kind, rows] = 1e3 * graph_time_ms(step, replays(rows)) / len(weights)
+                continue
+            if rank >= len(given[kind, rows]):
+                continue
+            tile = given[kind, rows][rank]
+            variant = Variant(layer, tile)
+            if (kind, tile) not in checked:
+                checked[kind, tile] = bench.error(variant, min(rows, 300) - 1 or 1)
+            launches = (bench.ready(variant, weight, weight, inputs, outputs) for weight in weights)
+            us = 1e3 * graph_time_ms(one_after_another(launches), replays(rows)) / len(weights)
+            right = checked[kind, tile] < 1e-2
+            if right and us < best.get((kind, rows), (us + 1, tile))[0]:
+                best[kind, rows] = us, tile
+            results.add(
+                linear=kind,
+                rows=rows,
+                us=round(us, 2),
+                cublas_us=round(cublas[kind, rows], 2),
+                share_of_bandwidth=results.share_of_bandwidth(2 * weights[0].numel(), us / 1e3),
+                error=round(checked[kind, tile], 5),
+                **asdict(tile),
+            )
+    return best
+
+
+def measure_prefetch(
+    results: Results,
+    bench: Bench,
+    pool: ProcessPoolExecutor,
+    best: dict[tuple[str, int], tuple[float, LinearTile]],
+    deadline: float,
+) -> None:
+    """Layers one after another, each with weights of its own, by how much is fetched ahead."""
+    layers = min(len(bench.weights[kind]) for kind in LAYER)
+    for rows in (1, 16, 64):
+        if not all((kind, rows) in best for kind in LAYER):
+            continue
+        variants = {
+            (kind, mib): Variant(replace(KINDS[kind], prefetch_bytes=mib << 20), best[kind, rows][1])
+            for mib in PREFETCH_MIB
+            for kind in LAYER
+        }
+        launchable(pool, list(variants.values()))
+        arguments = {
+            kind: (bench.inputs(KINDS[kind], rows), bench.outputs(KINDS[kind], rows)) for kind in LAYER
+        }
+        order = [(kind, bench.weights[kind][i]) for i in range(layers) for kind in LAYER]
+        for mib in PREFETCH_MIB:
+            if time.monotonic() > deadline:
+                return
+            launches = [
+                bench.ready(variants[kind, mib], weight, ahead, *arguments[kind])
+                for (kind, weight), (_, ahead) in zip(order, order[1:] + order[:1], strict=True)
+            ]
+            us = 1e3 * graph_time_ms(one_after_another(launches)) / layers
+            results.add(rows=rows, prefetch_mib=mib, us_a_layer=round(us, 2))
+
+
+def main() -> None:
+    """Compile, measure, and print the best."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=400.0, help="after which to stop")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    results = Results(options.output)
+    bench = Bench()
+    processors = max(1, (os.cpu_count() or 2) - 1)
+    with ProcessPoolExecutor(processors, mp_context=multiprocessing.get_context("spawn")) as pool:
+        best = measure_tiles(results, bench, pool, end - 0.15 * options.seconds)
+        measure_prefetch(results, bench, pool, best, end)
+    assert not bench.state.any(), "a counter was left behind"
+    for (kind, rows), (us, tile) in sorted(best.items()):
+        print(json.dumps({"best": kind, "rows": rows, "us": round(us, 2), **asdict(tile)}))
+
+
+if __name__ == "__main__":
+    main()
