@@ -58,7 +58,7 @@ MANIFEST = Manifest(
     kv_bytes_per_block=KV_BYTES_PER_BLOCK,
     checkpoint_digest="0" * 64,
     files={},
-    gate=GateReport(0, 0.0, 0.0, 1.0, 1e-3),
+    gate=GateReport(),
     plan=DETAILS,
 )
 GREEDY = (0.0, 0.0, 1.0, 0.0, 0.0)

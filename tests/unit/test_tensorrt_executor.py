@@ -86,7 +86,7 @@ class Sequences:
     ) -> ModelInputs:
         """A step of all tokens not computed yet, or `counts` of them.
 
-        Each member in `rows`, or all, wants logits; the last token of those in `marks` is a mark: of row 0, 1, ….
+        Each member in `rows`, or all, wants logits; those in `marks` end with a mark, of row 0, 1, ….
         """
         self.step_number += 1
         blocks = -(-LIMITS.max_model_len // BLOCK_SIZE)
