@@ -52,14 +52,14 @@ LAYER = ("qkv", "output", "gate_up", "down")
 ROWS = (64, 128, 256, 32, 16, 1, 512, 2048, 8192)
 """The most interesting first."""
 MOST_LOGITS = 512
-PROGRAMS = (264, 400, 132)
-"""Programs that splits aim at: two, three and one for each SM of a Hopper GPU."""
+PROGRAMS = (264, 400)
+"""Programs that splits aim at: two and three for each SM of a Hopper GPU."""
 PREFETCH_MIB = (0, 4, 8, 16, 24, 32)
 
 T, A = "transposed", "ahead"
 PLAIN_SHAPES: tuple[tuple[Any, ...], ...] = (
     (16, 32, 128, 4, 4), (16, 64, 128, 4, 3), (16, 32, 128, 4, 5), (16, 64, 128, 4, 1, A),
-    (16, 64, 64, 4, 5), (16, 32, 256, 4, 3), (16, 128, 64, 4, 3), (16, 64, 128, 4, 2, T), (16, 32, 256, 4, 1, A),
+    (16, 64, 64, 4, 5), (16, 128, 64, 4, 3), (16, 64, 128, 4, 2, T), (16, 32, 256, 4, 1, A),
     (32, 64, 64, 4, 4), (32, 64, 64, 4, 4, T), (32, 32, 128, 4, 3), (32, 64, 128, 4, 1, A),
     (64, 64, 64, 4, 3), (64, 64, 64, 4, 3, T), (64, 128, 64, 4, 2), (64, 64, 128, 4, 1, A),
     (64, 128, 32, 4, 4), (64, 128, 64, 8, 2, T), (64, 128, 64, 4, 1, A), (64, 256, 32, 4, 2),
@@ -70,7 +70,8 @@ PLAIN_SHAPES: tuple[tuple[Any, ...], ...] = (
 GATED_SHAPES: tuple[tuple[Any, ...], ...] = (
     (16, 32, 128, 4, 3), (16, 32, 128, 4, 2), (16, 32, 64, 4, 5), (16, 64, 64, 4, 3), (16, 32, 128, 4, 1, A),
     (16, 64, 64, 4, 3, T), (16, 64, 128, 4, 1, A),
-    (32, 32, 64, 4, 4), (32, 64, 64, 4, 3), (32, 64, 64, 4, 2, T), (32, 32, 128, 4, 2), (32, 32, 128, 4, 1, A),
+    (32, 32, 64, 4, 4), (32, 64, 64, 4, 3), (32, 64, 64, 4, 2, T), (32, 32, 128, 4, 2),
+    (32, 32, 128, 4, 1, A),
     (64, 64, 64, 4, 2), (64, 32, 64, 4, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 2, T), (64, 64, 64, 4, 1, A),
     (64, 128, 32, 4, 2), (64, 128, 64, 8, 1, A), (64, 128, 32, 8, 2),
     (128, 64, 32, 8, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 2), (128, 64, 64, 8, 1, A),
@@ -109,12 +110,16 @@ def candidates(kind: str) -> list[LinearTile]:
     return found
 
 
-def suits(tile: LinearTile, rows: int) -> bool:
-    """Whether a tile is worth measuring at so many rows."""
-    fewest, most = {16: (1, 32), 32: (17, 64), 64: (32, 512), 128: (65, 8192), 256: (129, 8192)}[tile.block_m]
-    if tile.splits > 1 and tile.splits // -(-rows // tile.block_m) < 2 and rows > 256:
-        return False  # no longer split, so that the same shape with fewer splits stands for it
-    return fewest <= rows <= most
+def suited(usable: Iterable[LinearTile], rows: int) -> list[LinearTile]:
+    """The tiles worth measuring at so many rows, each number of splits that comes of them once."""
+    ranges = {16: (1, 32), 32: (17, 64), 64: (32, 512), 128: (65, 8192), 256: (129, 8192)}
+    found: dict[LinearTile, LinearTile] = {}
+    for tile in usable:
+        fewest, most = ranges[tile.block_m]
+        if fewest <= rows <= most:
+            splits = max(1, tile.splits // -(-rows // tile.block_m))
+            found.setdefault(replace(tile, splits=splits), tile)
+    return list(found.values())
 
 
 def compile_variant(variant: Variant) -> int:
@@ -251,7 +256,7 @@ def measure_tiles(
         usable[kind] = [variant.tile for variant in variants]
         print(f"{kind}: {len(variants)} of {len(candidates(kind))} candidates", flush=True)
     cases = [(kind, rows) for rows in ROWS for kind in KINDS if kind != "lm_head" or rows <= MOST_LOGITS]
-    given = {case: [tile for tile in usable[case[0]] if suits(tile, case[1])] for case in cases}
+    given = {(kind, rows): suited(usable[kind], rows) for kind, rows in cases}
     checked: dict[tuple[str, LinearTile], float] = {}
     for rank in range(-1, max(map(len, given.values()))):
         for kind, rows in cases:

@@ -349,8 +349,9 @@ def linear(
             normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _finish(
-            acc_right, up_right, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual, next_norm,
-            bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
+            acc_right, up_right, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual,
+            next_norm, bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M,
+            BLOCK_N // 2,
         )  # fmt: skip
     else:
         _finish(
