@@ -149,7 +149,9 @@ def test_one_sequence_alone_gets_the_tokens_that_transformers_generates(tmp_path
     )
     executor = _executor(tmp_path, workload, 32)
     while (inputs := workload.next_step()) is not None:
-        workload.advance(executor.submit(inputs).result(60.0).logits)
+        logits = executor.submit(inputs).result(60.0).logits
+        assert logits is not None
+        workload.advance(logits)
     expected = model.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None
     )
@@ -205,6 +207,7 @@ def check_against(model: Any, executor: Executor, workload: Workload) -> None:
     steps_mixed = 0
     while (inputs := workload.next_step()) is not None:
         logits = executor.submit(inputs).result(60.0).logits
+        assert logits is not None
         first = 0
         for sequence, num_tokens in workload.scheduled:
             rows[id(sequence)].extend(np.array(logits[first : first + num_tokens]))
