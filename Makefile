@@ -11,13 +11,14 @@ CHECK_PYTHON := import sys, sysconfig, ctypes.util as c; v = "%d.%d" % sys.versi
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
   if $$python -c '$(CHECK_PYTHON)' 2>/dev/null; then command -v $$python; break; fi; done)
 
-.PHONY: help install demo test lint bench
+.PHONY: help install demo test lint bench gpu-check
 help:
 	@echo 'make install   make the environment in .venv from requirements.lock'
 	@echo 'make demo      build the small checkpoint, serve it, stream a completion, stop'
 	@echo 'make test      run every test'
 	@echo 'make lint      check style and types'
 	@echo 'make bench     measure the scheduler and a running server'
+	@echo 'make gpu-check STAGE=builder|kernels|8b|hosted|7b|precision OUT=dir   check and measure on an NVIDIA GPU'
 
 install: $(INSTALLED)
 
@@ -59,3 +60,8 @@ bench: $(INSTALLED)
 	@echo '== serving' >&2
 	@$(BIN)/quire build $(CHECKPOINT) --output $(REPOSITORY)
 	@$(BIN)/python tests/benchmarks/serving.py --repository $(REPOSITORY)
+
+# Needs TensorRT beside what is installed, and a GPU. PLANS=dir keeps the plans of 16 GB for the next stage.
+gpu-check: $(INSTALLED)
+	@test -n '$(STAGE)' -a -n '$(OUT)' || { echo 'usage: make gpu-check STAGE=… OUT=dir [PLANS=dir]' >&2; exit 2; }
+	@$(BIN)/python tests/benchmarks/gpu_check.py --stage '$(STAGE)' --out '$(OUT)' $(if $(PLANS),--reuse '$(PLANS)')

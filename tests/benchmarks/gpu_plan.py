@@ -110,6 +110,11 @@ class RandomWeights:
         return values
 
     @property
+    def num_elements(self) -> int:
+        """Elements of all parameters."""
+        return sum(shape.numel() for shape in self._shapes.values())
+
+    @property
     def num_read_elements(self) -> int:
         """Elements of the parameters that a step reads as a whole: all but the embedding's."""
         return sum(shape.numel() for name, shape in self._shapes.items() if name != "embed_tokens.weight")
@@ -153,7 +158,6 @@ def build_random_plan(
     )
     weights = RandomWeights(config, limits.max_model_len, dtype)
     plan = build_plan(graph, weights, options, lambda line: print(line, flush=True))
-    torch.cuda.empty_cache()
     note("build_s")
     (directory / PLAN_FILE).write_bytes(plan.data)
     note("write_s")
@@ -203,6 +207,7 @@ def load(
     return_logits: bool = False,
 ) -> LoadedPlan:
     """Load a plan as a server does, timed: what it takes to read it, and to make pool and graphs."""
+    torch.cuda.empty_cache()
     began = time.perf_counter()
     device = CudaDevice()
     plan = TensorRTPlan(directory, device)

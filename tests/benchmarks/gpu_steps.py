@@ -107,7 +107,7 @@ def decode_ms(
             ends.append(time.perf_counter())
     for handle in under_way:
         handle.result(STEP_TIMEOUT_S)
-    return 1e3 * statistics.median(np.diff(ends[warm_up:]).tolist())
+    return 1e3 * float(statistics.median(np.diff(ends[warm_up:]).tolist()))
 
 
 def prefill_ms(executor: Executor, sequences: Sequences, num_tokens: int, longest: int) -> float:

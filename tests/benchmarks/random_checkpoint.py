@@ -38,6 +38,11 @@ def write_random_checkpoint(shape: str, directory: Path) -> None:
     config = _config(SHAPES[shape])
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     save_file(_weights(config), directory / "model.safetensors")
+    write_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write a tokenizer.json that knows bytes only."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: index for index, piece in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -182,8 +182,8 @@ def own_server(repository: Path) -> Iterator[str]:
             unbound.bind(("127.0.0.1", 0))
         ports = [bound.getsockname()[1] for bound in sockets]
     flags = [f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)]
-    quire = Path(sys.executable).with_name("quire")
-    server = subprocess.Popen([quire, "serve", repository, *flags], start_new_session=True)
+    command = [sys.executable, "-m", "quire.cli", "serve", str(repository), *flags]
+    server = subprocess.Popen(command, start_new_session=True)
     url = f"127.0.0.1:{ports[0]}"
     try:
         deadline = time.monotonic() + LOAD_TIMEOUT_S
