@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
+from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, POOL_OFFSETS_BYTE, engine_state_elements
 from quire_build.tensorrt.kernels.kv_write import kv_write
-from quire_build.tensorrt.kernels.linear import linear
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -46,6 +45,7 @@ class Step:
     seq_lens: list[int]
     block_tables: torch.Tensor
     pool: torch.Tensor  # [blocks, layers, 2, kv_heads, block_size, head_dim]
+    state: torch.Tensor  # as the engine keeps it
 
     @property
     def query_start_loc(self) -> torch.Tensor:
@@ -85,12 +85,9 @@ def make_step(rng: np.random.Generator, layout: Layout, query_lens: list[int], c
             )
     pool[0] = 0.0
     pool = pool.to(layout.dtype)
-    set_num_blocks(pool, num_blocks)
-    return Step(query_lens, seq_lens, tables, pool)
-
-
-def set_num_blocks(pool: torch.Tensor, num_blocks: int) -> None:
-    pool.view(-1).view(torch.int64)[0] = num_blocks
+    state = torch.zeros(engine_state_elements(8), dtype=torch.int64)
+    state[0] = num_blocks
+    return Step(query_lens, seq_lens, tables, pool, state)
 
 
 def reference_attention(query: torch.Tensor, step: Step, layout: Layout, layer: int) -> torch.Tensor:
@@ -118,6 +115,7 @@ def reference_attention(query: torch.Tensor, step: Step, layout: Layout, layer: 
 def run_attention(
     query: torch.Tensor, step: Step, layout: Layout, layer: int, num_splits: int, block_m: int, block_n: int
 ) -> torch.Tensor:
+    """The kernel in tiles of `block_m` rows, or 16 where that is enough, and `block_n` keys."""
     tokens, seqs = query.shape[0], len(step.seq_lens)
     group = layout.heads // layout.kv_heads
     padded = max(16, 1 << (layout.head_dim - 1).bit_length())
@@ -131,9 +129,12 @@ def run_attention(
         step.query_start_loc,
         torch.tensor(step.seq_lens, dtype=torch.int32),
         step.pool,
+        step.state,
+        tokens,
         seqs,
         step.block_tables.shape[1],
         num_splits,
+        max(1, num_splits // 2),
         layer,
         out,
         partial_out,
@@ -145,22 +146,34 @@ def run_attention(
         BLOCK_SIZE=layout.block_size,
         BLOCK_ELEMENTS=layout.block_elements,
         MAX_BLOCKS=1 << 20,
+        NUM_POOLS=1,
+        BLOCKS_PER_POOL=1 << 20,
+        POOL_OFFSETS_BYTE=POOL_OFFSETS_BYTE,
+        COUNTERS_BYTE=COUNTERS_BYTE,
         WINDOW=layout.window,
         SCALE_LOG2=math.log2(math.e) / math.sqrt(layout.head_dim),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        ROWS=block_m,
+        ROW_KEYS=block_n,
+        ROW_STAGES=2,
+        FEW_ROWS=16,
+        FEW_KEYS=16,
+        FEW_STAGES=2,
+        MIN_SPLIT=16,
+        LONG_SPLIT=32,
+        MAX_SPLITS=4,
+        COMBINED_ROWS=2,
+        COMBINED_SPLITS=2,
     )
-    assert not step.pool.view(-1).view(torch.int32)[16 : 16 + grid[0] * grid[1]].any(), (
-        "a counter was left behind"
-    )
+    counters = step.state.view(torch.int32)[COUNTERS_BYTE // 4 :][:NUM_COUNTERS]
+    assert not counters.any(), "a counter was left behind"
     return out
 
 
 CASES = {
     "decode rows, grouped heads": (Layout(8, 2, 32, 16), [1, 1, 1], [5, 33, 0], 1, 16, 32),
     "decode rows, split context": (Layout(4, 1, 32, 16), [1, 1], [70, 3], 3, 16, 16),
-    "chunks and decode rows in one step": (Layout(4, 2, 16, 8), [7, 1, 19, 1], [9, 21, 0, 2], 1, 16, 16),
-    "split chunks": (Layout(4, 2, 16, 8), [5, 1, 11], [40, 21, 0], 2, 16, 16),
+    "chunks and decode rows in one step": (Layout(4, 2, 16, 8), [7, 1, 19, 1], [9, 21, 0, 2], 1, 32, 16),
+    "split chunks": (Layout(4, 2, 16, 8), [5, 1, 19], [40, 21, 9], 4, 32, 32),
     "a group of seven, as in Qwen2": (Layout(7, 1, 16, 16), [3, 1, 6], [4, 17, 0], 1, 16, 16),
     "a head size that is no power of two": (Layout(2, 2, 24, 8), [2, 4], [11, 0], 2, 16, 16),
     "sliding window": (Layout(4, 2, 16, 8, window=12), [1, 9, 1], [40, 20, 3], 2, 16, 16),
@@ -201,7 +214,8 @@ def test_attention_over_random_steps() -> None:
         step = make_step(rng, layout, query_lens, contexts)
         shape = (sum(query_lens), layout.heads, layout.head_dim)
         query = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
-        got = run_attention(query, step, layout, 0, int(rng.integers(1, 5)), 16, 16)
+        rows, keys = int(rng.choice([16, 32])), int(rng.choice([16, 32]))
+        got = run_attention(query, step, layout, 0, int(rng.integers(1, 5)), rows, keys)
         expected = reference_attention(query, step, layout, 0)
         assert float((got.double() - expected).norm() / expected.norm()) < 1e-5
 
@@ -216,7 +230,9 @@ def test_blocks_outside_the_pool_are_read_as_the_null_block() -> None:
     for outside in (step.pool.shape[0], 2**31 - 1, -1):
         step.block_tables[0, 1] = outside
         got = run_attention(query, step, layout, 0, 1, 16, 16)
-        expected = reference_attention(query, Step([1, 1], step.seq_lens, sane, step.pool), layout, 0)
+        expected = reference_attention(
+            query, Step([1, 1], step.seq_lens, sane, step.pool, step.state), layout, 0
+        )
         torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -227,7 +243,7 @@ def test_padding_sequences_change_nothing() -> None:
     query = torch.from_numpy(rng.standard_normal((4, 4, 16)).astype(np.float32))
     alone = run_attention(query, step, layout, 0, 2, 16, 16)
     tables = torch.cat([step.block_tables, torch.zeros_like(step.block_tables)])
-    padded = Step([1, 3, 1, 1], [13, 8, 1, 1], tables, step.pool)
+    padded = Step([1, 3, 1, 1], [13, 8, 1, 1], tables, step.pool, step.state)
     together = run_attention(torch.cat([query, query[:2]]), padded, layout, 0, 2, 16, 16)
     assert torch.equal(alone, together[:4])
 
@@ -251,6 +267,7 @@ def run_kv_write(
         step.slots(layout.block_size),
         table,
         step.pool,
+        step.state,
         layer,
         query,
         HEAD_DIM=layout.head_dim,
@@ -260,6 +277,9 @@ def run_kv_write(
         BLOCK_SIZE=layout.block_size,
         BLOCK_ELEMENTS=layout.block_elements,
         MAX_BLOCKS=1 << 20,
+        NUM_POOLS=1,
+        BLOCKS_PER_POOL=1 << 20,
+        POOL_OFFSETS_BYTE=POOL_OFFSETS_BYTE,
         MAX_POSITIONS=table.shape[0],
         HEADS_PER_PROGRAM=4,
         HEAD_NORM=False,
@@ -305,27 +325,33 @@ def test_kv_write_leaves_the_null_block_and_everything_outside_alone() -> None:
 
 PTX_SCRIPT = """
 from quire_build.tensorrt.kernels.compiled import compile_kernel
-from quire_build.tensorrt.kernels.kv_write import kv_write
-from quire_build.tensorrt.kernels.linear import linear
-from quire_build.tensorrt.kernels.paged_attention import paged_attention
+from quire_build.tensorrt.operators import KvWrite, PagedAttend, PlainArithmetic, StepBegin
 
-shape = dict(HEAD_DIM=128, NUM_KV_HEADS=8, BLOCK_SIZE=16, BLOCK_ELEMENTS=1 << 20, MAX_BLOCKS=1 << 16)
-kernels = [
-    (kv_write, "*bf16 *fp32 *i32 *i32 *bf16 *bf16 i32 *bf16",
-     dict(shape, HALF_PADDED=64, NUM_HEADS=32, MAX_POSITIONS=8192, HEADS_PER_PROGRAM=16, HEAD_NORM=True,
-          EPSILON=1e-6)),
-    (paged_attention, "*bf16 *i32 *i32 *i32 *bf16 i32 i32 i32 i32 *bf16 *fp32 *fp32",
-     dict(shape, HEAD_DIM_PADDED=128, GROUP=4, WINDOW=0, SCALE_LOG2=0.1, BLOCK_M=16, BLOCK_N=64)),
-    (linear, "*bf16 *bf16 *fp32 *bf16 *bf16 *bf16 *bf16 i32 *bf16 *bf16 *fp32 *fp32",
-     dict(K=4096, N=4096, NORMED=False, EPSILON=1e-5, GATED=False, RESIDUAL=True, BIAS=True, SPLITS=2,
-          BLOCK_M=16, BLOCK_N=32, BLOCK_K=128)),
+pool = dict(layer=0, num_layers=32, head_dim=128, block_size=16, max_blocks=60000, blocks_per_pool=30000)
+norms = dict(max_positions=8192, head_normed=1, epsilon=1e-6)
+attend = dict(kv_element_bytes=2, window=0, scale=0.1)
+tokens = [(64, 6144), (8192, 128), (64,), (64,), (2, 128), (1,), (1,)]
+rows = [(64, 32, 128), (64, 9), (65,), (64,), (1,), (1,)]
+operators = [
+    (KvWrite(**pool, **norms, num_pools=1, num_heads=32, num_kv_heads=8), tokens),
+    (PagedAttend(**pool, **attend, num_pools=1, num_heads=32, num_kv_heads=8), rows),
+    (PagedAttend(**pool, **attend, num_pools=2, num_heads=32, num_kv_heads=32), rows),
+    (StepBegin(128256, 2, 2, 60000, 256), [(64,)]),
 ]
 for arch in (80, 89, 90):
-    for kernel, types, constants in kernels:
-        names = [n for n in kernel.arg_names if n not in constants]
-        compiled = compile_kernel(kernel, dict(zip(names, types.split(), strict=True)), constants, arch=arch)
+    for operator, shapes in operators:
+        launch = operator.launch(shapes, PlainArithmetic())
+        types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
+        assert list(types) == launch.kernel.arg_names[: len(types)]
+        compiled = compile_kernel(
+            launch.kernel, types, launch.constants, arch=arch,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )
         assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
-        assert "ld.global.v4" in compiled.ptx or "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
+        if isinstance(operator, KvWrite):
+            assert "ld.global.v4" in compiled.ptx, "narrow loads"
+        if isinstance(operator, PagedAttend):
+            assert "cp.async.cg.shared.global" in compiled.ptx, "keys are not fetched ahead"
         print(arch, compiled.name, compiled.threads, compiled.shared_bytes)
 """
 
@@ -338,39 +364,4 @@ def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
         [sys.executable, "-c", PTX_SCRIPT], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 9
-
-
-def test_linear_layers_chain_through_a_norm() -> None:
-    """A layer with the residual sum, then a gated one behind the norm, in every split, against torch."""
-    rng = np.random.default_rng(8)
-
-    def nan(*shape: int) -> torch.Tensor:
-        return torch.full(shape, math.nan)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
-
-    rows, inner, hidden, ffn, pool = 5, 40, 64, 48, torch.zeros(512)
-    x, weight, residual = random(rows, inner), random(hidden, inner), random(rows, hidden)
-    norm, gate_up = 1.0 + 0.1 * random(hidden), random(2 * ffn, hidden)
-    stream = x @ weight.T + residual
-    behind_norm = stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-5) * norm
-    biases = random(2 * ffn)
-    gate, up = (behind_norm @ gate_up.T + biases).chunk(2, dim=-1)
-    expected = torch.nn.functional.silu(gate) * up
-    for splits in (1, 2, 4):
-        out, normed, squares = nan(rows, hidden), nan(rows, hidden), nan(rows, hidden // 32)
-        common: dict[str, Any] = {"EPSILON": 1e-5, "SPLITS": splits, "BLOCK_M": 16, "BLOCK_K": 16}
-        linear[(2, 1, splits)](
-            x, weight, x, residual, norm, x, pool, rows, out, normed, squares, nan(splits, 16, hidden),
-            K=inner, N=hidden, NORMED=False, GATED=False, RESIDUAL=True, BIAS=False, BLOCK_N=32, **common,
-        )  # fmt: skip
-        torch.testing.assert_close(out, stream, atol=1e-4, rtol=1e-4)
-        got = nan(rows, ffn)
-        linear[(3, 1, splits)](
-            normed, gate_up, squares, x, x, biases, pool, rows, got, x, x, nan(2 * splits, 16, ffn),
-            K=hidden, N=ffn, NORMED=True, GATED=True, RESIDUAL=False, BIAS=True, BLOCK_N=16, **common,
-        )  # fmt: skip
-        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
-        assert not pool.any(), "a counter was left behind"
+    assert len(done.stdout.splitlines()) == 12

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
+
 
 @triton.jit(do_not_specialize=["layer"])
 def kv_write(
@@ -18,6 +20,7 @@ def kv_write(
     slot_mapping,
     head_norms,
     kv_cache,
+    engine_state,
     layer,
     query,
     HEAD_DIM: tl.constexpr,
@@ -27,6 +30,9 @@ def kv_write(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ELEMENTS: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
+    NUM_POOLS: tl.constexpr,
+    BLOCKS_PER_POOL: tl.constexpr,
+    POOL_OFFSETS_BYTE: tl.constexpr,
     MAX_POSITIONS: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
     HEAD_NORM: tl.constexpr,
@@ -34,8 +40,7 @@ def kv_write(
 ):
     """Apply RoPE (halves, as in Hugging Face's LLaMA) and write K and V of one layer into the pool.
 
-    Slots of the null block, and slots outside the pool, are skipped: the pool's first element, which holds
-    the number of its blocks, lies in the null block.
+    Slots of the null block, and slots outside the pool, are skipped.
 
     Grid: (T, cdiv(NUM_HEADS + 2 * NUM_KV_HEADS, HEADS_PER_PROGRAM)).
 
@@ -46,7 +51,8 @@ def kv_write(
         slot_mapping: int32 [T], block * BLOCK_SIZE + offset.
         head_norms: [2, HEAD_DIM], weights of the RMSNorm of each query head and of each key head; not read
             unless HEAD_NORM.
-        kv_cache: the pool, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM].
+        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM].
+        engine_state: int64, see `quire.execution.engine_state`.
         layer: which layer's K and V to write.
         query: out, [T, NUM_HEADS, HEAD_DIM], rotated.
     """
@@ -85,9 +91,8 @@ def kv_write(
     tl.store(target, rotated_low.to(query.dtype.element_ty), mask=mask & is_query)
     tl.store(target + HALF, rotated_high.to(query.dtype.element_ty), mask=mask & is_query)
 
-    num_blocks = tl.minimum(tl.load(kv_cache.to(tl.pointer_type(tl.int64), bitcast=True)), MAX_BLOCKS).to(
-        tl.int32
-    )
+    num_blocks = pool_blocks(engine_state, MAX_BLOCKS)
+    offsets = pool_offsets(engine_state, POOL_OFFSETS_BYTE)
     slot = tl.load(slot_mapping + token)
     block = slot // BLOCK_SIZE
     target_block = block + tl.zeros_like(
@@ -98,7 +103,7 @@ def kv_write(
     kv_head = tl.where(head < KEYS_END, head - NUM_HEADS, head - KEYS_END)
     place = (
         kv_cache
-        + block.to(tl.int64) * BLOCK_ELEMENTS
+        + block_start(target_block, offsets, BLOCK_ELEMENTS, NUM_POOLS, BLOCKS_PER_POOL)[:, None]
         + layer.to(tl.int64) * (2 * PLANE)
         + (plane + kv_head * (BLOCK_SIZE * HEAD_DIM))[:, None]
         + (slot % BLOCK_SIZE) * HEAD_DIM

@@ -1,13 +1,16 @@
 """Attention over a paged KV cache for a packed batch of variable-length queries.
 
-One launch serves decode rows, prefill chunks and any mixture: a query tile holds ``BLOCK_M // GROUP`` tokens
-of one sequence times the ``GROUP`` query heads that share a KV head, so that grouped heads read K and V once.
+One launch serves decode rows, prefill chunks and any mixture. A tile holds up to ``ROWS // GROUP`` tokens of
+one sequence, times the ``GROUP`` query heads that share a KV head, so that grouped heads read K and V once.
+A tile with few rows, a decode row above all, takes a path of its own with as few rows as the tensor cores
+allow and longer strips of keys: such a tile waits for memory and nothing else.
+
 The context may be split over the launch's third axis; then the program that finishes a tile last combines the
 splits, always in the same order, so that the result does not depend on who that was. The programs of a tile
-count themselves in the pool's null block, behind the element that holds the number of blocks: the counters
-start at zero and are left at zero.
+count themselves in the engine's state: the counters start at zero and are left at zero.
 
-K and V of the step are already in the pool when this kernel runs.
+K and V of the step are already in the pool when this kernel runs. Whatever the integers in its inputs are,
+nothing outside the inputs is read, nothing outside the outputs is written, and it ends.
 """
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
@@ -19,20 +22,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COUNTERS_OFFSET = tl.constexpr(16)
-"""Where the counters of split tiles start in the null block, in int32."""
+from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
 
 
-@triton.jit(do_not_specialize=["num_seqs", "blocks_per_table", "num_splits", "layer"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "blocks_per_table", "num_splits", "few_splits", "layer"]
+)
 def paged_attention(
     query,
     block_tables,
     query_start_loc,
     seq_lens,
     kv_cache,
+    engine_state,
+    num_tokens,
     num_seqs,
     blocks_per_table,
     num_splits,
+    few_splits,
     layer,
     out,
     partial_out,
@@ -44,40 +51,65 @@ def paged_attention(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ELEMENTS: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
+    NUM_POOLS: tl.constexpr,
+    BLOCKS_PER_POOL: tl.constexpr,
+    POOL_OFFSETS_BYTE: tl.constexpr,
+    COUNTERS_BYTE: tl.constexpr,
     WINDOW: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_KEYS: tl.constexpr,
+    ROW_STAGES: tl.constexpr,
+    FEW_ROWS: tl.constexpr,
+    FEW_KEYS: tl.constexpr,
+    FEW_STAGES: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    LONG_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    COMBINED_ROWS: tl.constexpr,
+    COMBINED_SPLITS: tl.constexpr,
 ):
-    """Attend one query tile of one KV head to one split of its sequence's context.
+    """Attend one tile of queries of one KV head to one split of its sequence's context.
 
-    Grid: (num_seqs + (T - num_seqs) // (BLOCK_M // GROUP), NUM_KV_HEADS, num_splits).
+    Grid: (num_seqs + (num_tokens - num_seqs) // (ROWS // GROUP), NUM_KV_HEADS, num_splits).
 
     Args:
-        query: [T, NUM_KV_HEADS * GROUP, HEAD_DIM], rotated.
+        query: [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM], rotated.
         block_tables: int32 [num_seqs, blocks_per_table].
-        query_start_loc: int32 [num_seqs + 1]; every sequence has at least one token.
+        query_start_loc: int32 [num_seqs + 1]; every sequence should have at least one token.
         seq_lens: int32 [num_seqs].
-        kv_cache: the pool; its first eight bytes hold the number of blocks in it, and the int32 from
-            COUNTERS_OFFSET on are zero.
+        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM].
+        engine_state: int64, see `quire.execution.engine_state`.
+        num_splits: at most MAX_SPLITS; above 1 only where there are counters for all tiles.
+        few_splits: how many a context is split into before its splits are longer than LONG_SPLIT.
         layer: which layer's K and V of each block to read.
-        out: out, [T, NUM_KV_HEADS * GROUP, HEAD_DIM].
-        partial_out: scratch, float32 [T, num_splits, NUM_KV_HEADS * GROUP, HEAD_DIM]; unused without splits.
-        partial_lse: scratch, float32 [T, num_splits, NUM_KV_HEADS * GROUP], base 2; unused without splits.
+        out: out, [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM].
+        partial_out: scratch, float32 [num_tokens, num_splits, NUM_KV_HEADS * GROUP, HEAD_DIM]; unused without
+            splits.
+        partial_lse: scratch, float32 [num_tokens, num_splits, NUM_KV_HEADS * GROUP], base 2; likewise.
         BLOCK_ELEMENTS: elements of one block over all layers.
-        MAX_BLOCKS: no pool of this plan has more blocks, whatever its first element says.
+        MAX_BLOCKS: no pool of this plan has more blocks.
         WINDOW: a query sees this many positions up to its own; 0 for all.
         SCALE_LOG2: softmax scale times log2(e).
+        ROWS: rows of a full tile; ROW_KEYS keys at a time, fetched ROW_STAGES - 1 ahead.
+        FEW_ROWS: up to so many rows are few; FEW_KEYS and FEW_STAGES are for them.
+        MIN_SPLIT: keys, the fewest worth a split.
+        COMBINED_ROWS: rows, and COMBINED_SPLITS splits, combined at a time.
     """
-    tile = tl.program_id(0)
+    TOKENS_PER_TILE: tl.constexpr = ROWS // GROUP
+    HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    # The last tiles are the long ones, when chunks follow decode rows: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    TOKENS_PER_TILE: tl.constexpr = BLOCK_M // GROUP
 
     # Sequence s owns the tiles from s + (query_start_loc[s] - s) // TOKENS_PER_TILE. While every sequence
     # before has one token, that is s itself; only a tile behind a longer one has to look for its sequence.
     seq = tl.minimum(tile, num_seqs - 1)
     query_start = tl.load(query_start_loc + seq)
+    query_end = tl.load(query_start_loc + seq + 1)
+    seq_len = tl.load(seq_lens + seq)
+    num_blocks = pool_blocks(engine_state, MAX_BLOCKS)
     if query_start != tile:
         seq = 0
         beyond = num_seqs
@@ -89,67 +121,197 @@ def paged_attention(
             else:
                 beyond = middle
         query_start = tl.load(query_start_loc + seq)
-    query_len = tl.load(query_start_loc + seq + 1) - query_start
+        query_end = tl.load(query_start_loc + seq + 1)
+        seq_len = tl.load(seq_lens + seq)
+    query_start = tl.minimum(tl.maximum(query_start, 0), num_tokens)
+    query_len = tl.minimum(tl.maximum(query_end, query_start), num_tokens) - query_start
     first_token = (tile - (seq + (query_start - seq) // TOKENS_PER_TILE)) * TOKENS_PER_TILE
-    if first_token >= query_len:
+    if (first_token < 0) | (first_token >= query_len):
         return
+    num_rows = tl.minimum(query_len - first_token, TOKENS_PER_TILE) * GROUP
 
-    seq_len = tl.load(seq_lens + seq)
-    num_blocks = tl.minimum(tl.load(kv_cache.to(tl.pointer_type(tl.int64), bitcast=True)), MAX_BLOCKS).to(
-        tl.int32
-    )
-
-    row = tl.arange(0, BLOCK_M)
-    token = first_token + row // GROUP
-    row_mask = (row < TOKENS_PER_TILE * GROUP) & (token < query_len)
-    head = kv_head * GROUP + row % GROUP
-    position = seq_len - query_len + token
-
-    # The keys this tile needs at all, then this split's share of them, in whole key tiles.
-    last_token = tl.minimum(first_token + TOKENS_PER_TILE, query_len) - 1
-    key_end = seq_len - query_len + last_token + 1
+    # The keys this tile needs at all, then this split's share of them.
+    seq_len = tl.minimum(tl.maximum(seq_len, 0), blocks_per_table * BLOCK_SIZE)
+    seq_len = tl.where(num_blocks > 0, seq_len, 0)
+    first_position = seq_len - query_len + first_token
+    key_end = tl.maximum(first_position + num_rows // GROUP, 0)
     key_start = 0
     if WINDOW > 0:
-        key_start = tl.maximum(seq_len - query_len + first_token - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
-    tiles = tl.cdiv(key_end - key_start, BLOCK_N)
-    tiles_per_split = tl.cdiv(tiles, num_splits)
-    splits_used = tl.cdiv(tiles, tiles_per_split)
+        key_start = tl.maximum(first_position - (WINDOW - 1), 0) // BLOCK_SIZE * BLOCK_SIZE
+    num_keys = key_end - key_start
+    share = tl.minimum(tl.cdiv(num_keys, few_splits), LONG_SPLIT)
+    share = tl.maximum(tl.maximum(share, tl.cdiv(num_keys, num_splits)), MIN_SPLIT)
+    share = tl.cdiv(share, FEW_KEYS) * FEW_KEYS
+    splits_used = tl.maximum(tl.cdiv(num_keys, share), 1)
     if split >= splits_used:
         return
-    begin = key_start + split * tiles_per_split * BLOCK_N
-    end = tl.minimum(begin + tiles_per_split * BLOCK_N, key_end)
+    begin = key_start + split * share
+    end = tl.minimum(begin + share, key_end)
 
-    dim = tl.arange(0, HEAD_DIM_PADDED)
-    dim_mask = dim < HEAD_DIM
-    query_row = (query_start + token).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head
-    q = tl.load(
-        query + query_row[:, None] * HEAD_DIM + dim[None, :],
-        mask=row_mask[:, None] & dim_mask[None, :],
-        other=0.0,
+    first_row = (query_start + first_token).to(tl.int64) * HEADS + kv_head * GROUP
+    partial_row = (query_start + first_token).to(tl.int64) * num_splits * HEADS + kv_head * GROUP
+    PLANE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM  # K, or V, of one layer of one block
+    keys = kv_cache + layer.to(tl.int64) * (2 * PLANE) + kv_head * (BLOCK_SIZE * HEAD_DIM)
+    table = block_tables + seq.to(tl.int64) * blocks_per_table
+    if num_rows <= FEW_ROWS:
+        _attend(
+            query + first_row * HEAD_DIM,
+            table,
+            keys,
+            engine_state,
+            out + first_row * HEAD_DIM,
+            partial_out + (partial_row + split * HEADS) * HEAD_DIM,
+            partial_lse + partial_row + split * HEADS,
+            num_rows,
+            num_blocks,
+            first_position,
+            begin,
+            end,
+            num_splits,
+            splits_used,
+            HEAD_DIM,
+            HEAD_DIM_PADDED,
+            HEADS,
+            GROUP,
+            BLOCK_SIZE,
+            BLOCK_ELEMENTS,
+            NUM_POOLS,
+            BLOCKS_PER_POOL,
+            POOL_OFFSETS_BYTE,
+            PLANE,
+            WINDOW,
+            SCALE_LOG2,
+            FEW_ROWS,
+            FEW_KEYS,
+            FEW_STAGES,
+        )
+    else:
+        _attend(
+            query + first_row * HEAD_DIM,
+            table,
+            keys,
+            engine_state,
+            out + first_row * HEAD_DIM,
+            partial_out + (partial_row + split * HEADS) * HEAD_DIM,
+            partial_lse + partial_row + split * HEADS,
+            num_rows,
+            num_blocks,
+            first_position,
+            begin,
+            end,
+            num_splits,
+            splits_used,
+            HEAD_DIM,
+            HEAD_DIM_PADDED,
+            HEADS,
+            GROUP,
+            BLOCK_SIZE,
+            BLOCK_ELEMENTS,
+            NUM_POOLS,
+            BLOCKS_PER_POOL,
+            POOL_OFFSETS_BYTE,
+            PLANE,
+            WINDOW,
+            SCALE_LOG2,
+            ROWS,
+            ROW_KEYS,
+            ROW_STAGES,
+        )
+    if splits_used == 1:
+        return
+
+    tl.debug_barrier()  # every thread's stores come before the count
+    counters = engine_state.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_BYTE // 4
+    counter = counters + tile * NUM_KV_HEADS + kv_head
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+    if arrived != splits_used - 1:
+        return
+    tl.store(counter, 0)
+    tl.debug_barrier()
+    _combine(
+        partial_out + partial_row * HEAD_DIM,
+        partial_lse + partial_row,
+        out + first_row * HEAD_DIM,
+        num_rows,
+        num_splits,
+        splits_used,
+        HEAD_DIM,
+        HEAD_DIM_PADDED,
+        HEADS,
+        GROUP,
+        MAX_SPLITS,
+        COMBINED_ROWS,
+        COMBINED_SPLITS,
     )
 
-    PLANE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM  # K, or V, of one layer of one block
-    key_base = kv_cache + layer.to(tl.int64) * (2 * PLANE) + kv_head * (BLOCK_SIZE * HEAD_DIM)
-    table = block_tables + seq.to(tl.int64) * blocks_per_table
-    column = tl.arange(0, BLOCK_N)
 
+@triton.jit
+def _attend(
+    query,
+    table,
+    keys,
+    engine_state,
+    out,
+    partial_out,
+    partial_lse,
+    num_rows,
+    num_blocks,
+    first_position,
+    begin,
+    end,
+    num_splits,
+    splits_used,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_ELEMENTS: tl.constexpr,
+    NUM_POOLS: tl.constexpr,
+    BLOCKS_PER_POOL: tl.constexpr,
+    POOL_OFFSETS_BYTE: tl.constexpr,
+    PLANE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attend a tile's rows to the keys from begin to end; pointers are those of the tile's first row."""
+    row = tl.arange(0, BLOCK_M)
+    row_mask = row < num_rows
+    token = row // GROUP
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    dim_mask = dim < HEAD_DIM
+    place = (token * HEADS + row % GROUP) * HEAD_DIM
+    tile_mask = row_mask[:, None] & dim_mask[None, :]
+    q = tl.load(query + place[:, None] + dim[None, :], mask=tile_mask, other=0.0)
+    position = first_position + token
+
+    column = tl.arange(0, BLOCK_N)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], tl.float32)
-    for start in range(begin, end, BLOCK_N):
+    offsets = pool_offsets(engine_state, POOL_OFFSETS_BYTE)
+    # The blocks of the next keys are known one step before the keys themselves are fetched.
+    block = tl.load(table + (begin + column) // BLOCK_SIZE, mask=begin + column < end, other=0)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         key = start + column
         key_mask = key < end
-        block = tl.load(table + key // BLOCK_SIZE, mask=key_mask, other=0)
         block = tl.where((block < 0) | (block >= num_blocks), 0, block)
-        offset = block.to(tl.int64) * BLOCK_ELEMENTS + (key % BLOCK_SIZE) * HEAD_DIM
-
-        k = tl.load(
-            key_base + offset[None, :] + dim[:, None], mask=key_mask[None, :] & dim_mask[:, None], other=0.0
+        offset = (key % BLOCK_SIZE) * HEAD_DIM + block_start(
+            block, offsets, BLOCK_ELEMENTS, NUM_POOLS, BLOCKS_PER_POOL
         )
+        block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
+
+        # Slots beyond the sequence may hold anything, NaN included, and 0 * NaN is NaN: hence the mask on V.
+        source = keys + offset[:, None] + dim[None, :]
+        source_mask = key_mask[:, None] & dim_mask[None, :]
+        k = tl.load(source, mask=source_mask, other=0.0).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE_LOG2
         visible = key_mask[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             visible = visible & (key[None, :] > position[:, None] - WINDOW)
-        scores = tl.dot(q, k, input_precision="ieee") * SCALE_LOG2
         scores = tl.where(visible, scores, float("-inf"))
 
         new_max = tl.maximum(running_max, tl.max(scores, 1))
@@ -160,58 +322,69 @@ def paged_attention(
         running_sum = running_sum * decay + tl.sum(weights, 1)
         running_max = new_max
 
-        # Slots beyond the sequence may hold anything, NaN included, and 0 * NaN is NaN: hence the mask on V.
-        v = tl.load(
-            key_base + PLANE + offset[:, None] + dim[None, :],
-            mask=key_mask[:, None] & dim_mask[None, :],
-            other=0.0,
-        )
+        v = tl.load(source + PLANE, mask=source_mask, other=0.0).to(q.dtype)
         acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        acc = tl.dot(weights.to(q.dtype), v, acc, input_precision="ieee")
 
     seen = running_sum > 0.0
     acc = acc / tl.where(seen, running_sum, 1.0)[:, None]
-    out_mask = row_mask[:, None] & dim_mask[None, :]
-    target = out + query_row[:, None] * HEAD_DIM + dim[None, :]
     if splits_used == 1:
-        tl.store(target, acc.to(out.dtype.element_ty), mask=out_mask)
-        return
+        tl.store(out + place[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
+    else:
+        lse = tl.where(seen, running_max + tl.log2(tl.where(seen, running_sum, 1.0)), float("-inf"))
+        partial = token * num_splits * HEADS + row % GROUP
+        tl.store(partial_out + partial[:, None] * HEAD_DIM + dim[None, :], acc, mask=tile_mask)
+        tl.store(partial_lse + partial, lse, mask=row_mask)
 
-    HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    first_row = (query_start + token).to(tl.int64) * num_splits * HEADS + head
-    lse = tl.where(seen, running_max + tl.log2(tl.where(seen, running_sum, 1.0)), float("-inf"))
-    own_row = first_row + split * HEADS
-    tl.store(partial_out + own_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=out_mask)
-    tl.store(partial_lse + own_row, lse, mask=row_mask)
 
-    tl.debug_barrier()  # every thread's stores come before the count
-    counter = (
-        kv_cache.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_OFFSET + tile * NUM_KV_HEADS + kv_head
-    )
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-    if arrived != splits_used - 1:
-        return
-    tl.store(counter, 0)
-    tl.debug_barrier()
-
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    combined = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], tl.float32)
-    for other in range(0, splits_used):
-        other_row = first_row + other * HEADS
-        other_lse = tl.load(partial_lse + other_row, mask=row_mask, other=float("-inf"), cache_modifier=".cg")
-        part = tl.load(
-            partial_out + other_row[:, None] * HEAD_DIM + dim[None, :],
-            mask=out_mask,
-            other=0.0,
+@triton.jit
+def _combine(
+    partial_out,
+    partial_lse,
+    out,
+    num_rows,
+    num_splits,
+    splits_used,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    COMBINED_ROWS: tl.constexpr,
+    COMBINED_SPLITS: tl.constexpr,
+):
+    """Sum a tile's splits, each by its share of the softmax; pointers are those of the tile's first row."""
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    dim_mask = dim < HEAD_DIM
+    every = tl.arange(0, MAX_SPLITS)
+    some = tl.arange(0, COMBINED_SPLITS)
+    for first in range(0, num_rows, COMBINED_ROWS):
+        row = first + tl.arange(0, COMBINED_ROWS)
+        row_mask = row < num_rows
+        partial = row // GROUP * num_splits * HEADS + row % GROUP
+        lse = tl.load(
+            partial_lse + partial[None, :] + every[:, None] * HEADS,
+            mask=row_mask[None, :] & (every < splits_used)[:, None],
+            other=float("-inf"),
             cache_modifier=".cg",
         )
-        new_largest = tl.maximum(largest, other_lse)
-        shift = tl.where(new_largest > float("-inf"), new_largest, 0.0)
-        share = tl.exp2(other_lse - shift)
-        decay = tl.exp2(largest - shift)
-        combined = combined * decay[:, None] + part * share[:, None]
-        total = total * decay + share
-        largest = new_largest
-    combined = combined / tl.where(total > 0.0, total, 1.0)[:, None]
-    tl.store(target, combined.to(out.dtype.element_ty), mask=out_mask)
+        largest = tl.max(lse, 0)
+        largest = tl.where(largest > float("-inf"), largest, 0.0)
+        total = tl.sum(tl.exp2(lse - largest[None, :]), 0)
+        combined = tl.zeros([COMBINED_ROWS, HEAD_DIM_PADDED], tl.float32)
+        for start in range(0, splits_used, COMBINED_SPLITS):
+            split = start + some
+            place = partial[None, :] + split[:, None] * HEADS
+            mask = row_mask[None, :] & (split < splits_used)[:, None]
+            some_lse = tl.load(partial_lse + place, mask=mask, other=float("-inf"), cache_modifier=".cg")
+            share = tl.exp2(some_lse - largest[None, :])
+            part = tl.load(
+                partial_out + place[:, :, None] * HEAD_DIM + dim[None, None, :],
+                mask=mask[:, :, None] & dim_mask[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            combined += tl.sum(part * share[:, :, None], 0)
+        combined = combined / tl.where(total > 0.0, total, 1.0)[:, None]
+        target = out + (row // GROUP * HEADS + row % GROUP)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(target, combined.to(out.dtype.element_ty), mask=row_mask[:, None] & dim_mask[None, :])

@@ -14,9 +14,10 @@ from quire_build.tensorrt.operators.launch import (
 )
 from quire_build.tensorrt.operators.linear import Linear
 from quire_build.tensorrt.operators.paged_attend import PagedAttend
+from quire_build.tensorrt.operators.sample import Sample
 from quire_build.tensorrt.operators.step_begin import StepBegin
 
-OPERATORS: tuple[type[Operator], ...] = (StepBegin, KvWrite, PagedAttend, Linear)
+OPERATORS: tuple[type[Operator], ...] = (StepBegin, KvWrite, PagedAttend, Linear, Sample)
 
 __all__ = [
     "MODEL",
@@ -28,6 +29,7 @@ __all__ = [
     "Operator",
     "PagedAttend",
     "PlainArithmetic",
+    "Sample",
     "Shape",
     "StepBegin",
     "power_of_two",

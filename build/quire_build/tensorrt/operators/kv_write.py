@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from quire.execution.engine_state import POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.kv_write import kv_write
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, power_of_two
 
@@ -16,7 +17,8 @@ class KvWrite:
 
     Inputs: qkv [T, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin float32 [max_positions, head_dim];
     positions, slot_mapping int32 [T]; head_norms [2, head_dim], weights of RMSNorms over each query head and
-    each key head, read when ``head_normed``; kv_cache, the pool. Output: [T, num_heads, head_dim].
+    each key head, read when ``head_normed``; kv_cache, the pool's first part; engine_state.
+    Output: [T, num_heads, head_dim].
     """
 
     layer: int
@@ -26,6 +28,8 @@ class KvWrite:
     head_dim: int
     block_size: int
     max_blocks: int
+    num_pools: int
+    blocks_per_pool: int
     max_positions: int
     head_normed: int
     epsilon: float
@@ -37,6 +41,7 @@ class KvWrite:
         "slot_mapping",
         "head_norms",
         "kv_cache",
+        "engine_state",
     )
     NUM_OUTPUTS: ClassVar[int] = 1
 
@@ -62,6 +67,7 @@ class KvWrite:
                 "slot_mapping": "*i32",
                 "head_norms": f"*{MODEL}",
                 "kv_cache": f"*{MODEL}",
+                "engine_state": "*i64",
                 "layer": "i32",
                 "query": f"*{MODEL}",
             },
@@ -73,6 +79,9 @@ class KvWrite:
                 "BLOCK_SIZE": self.block_size,
                 "BLOCK_ELEMENTS": self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim,
                 "MAX_BLOCKS": self.max_blocks,
+                "NUM_POOLS": self.num_pools,
+                "BLOCKS_PER_POOL": self.blocks_per_pool,
+                "POOL_OFFSETS_BYTE": POOL_OFFSETS_BYTE,
                 "MAX_POSITIONS": self.max_positions,
                 "HEADS_PER_PROGRAM": heads_per_program,
                 "HEAD_NORM": bool(self.head_normed),

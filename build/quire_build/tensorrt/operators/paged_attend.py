@@ -7,11 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, power_of_two
 
-PROGRAMS_WANTED = 256
-"""The context is split until about this many programs run: two on nearly each of a Hopper GPU's 132 SMs."""
+PROGRAMS_WANTED = 264
+"""Few tiles are split until about this many programs run: two on each of a Hopper GPU's 132 SMs."""
+MAX_SPLITS = 64
+MANY_SPLITS = 16
+"""Splits that even many tiles may have, where a context is so long that others would wait for it."""
+SPLIT_ROWS = 1024
+"""Tokens times splits, at most, for which scratch is kept."""
+LONG_SPLIT = 1024
+"""Keys of one split that is worth cutting again for the sake of balance."""
+MIN_SPLIT = 128
+"""Keys that one program reads sooner than two agree on who combines what they read."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +29,10 @@ class PagedAttend:
     """Attend to the paged context, the step's own tokens included, which `KvWrite` has put there.
 
     Inputs: query [T, num_heads, head_dim]; block_tables int32 [S, B]; query_start_loc int32 [S + 1]; seq_lens
-    int32 [S]; kv_cache, the pool. Outputs: [T, num_heads * head_dim], and two scratch tensors for splits.
+    int32 [S]; kv_cache, the pool's first part; engine_state. Outputs: [T, num_heads * head_dim], and two
+    scratch tensors for splits.
 
-    ``tile_rows`` is how many rows of queries share a key tile: 16 for decode rows, 64 where prefill prevails;
-    either is right for any step. ``window`` is 0 or how many positions a query sees.
+    ``window`` is 0 or how many positions a query sees.
     """
 
     layer: int
@@ -32,30 +42,54 @@ class PagedAttend:
     head_dim: int
     block_size: int
     max_blocks: int
+    num_pools: int
+    blocks_per_pool: int
+    kv_element_bytes: int
     window: int
     scale: float
-    tile_rows: int
 
-    INPUTS: ClassVar[tuple[str, ...]] = ("query", "block_tables", "query_start_loc", "seq_lens", "kv_cache")
+    INPUTS: ClassVar[tuple[str, ...]] = (
+        "query",
+        "block_tables",
+        "query_start_loc",
+        "seq_lens",
+        "kv_cache",
+        "engine_state",
+    )
     NUM_OUTPUTS: ClassVar[int] = 3
 
     @property
     def num_tactics(self) -> int:
-        """One way."""
+        """One way, which takes decode rows and chunks as each wants to be taken.
+
+        TensorRT would choose between several with inputs that are no step at all.
+        """
         return 1
 
     @property
-    def _tokens_per_tile(self) -> int:
-        return self.tile_rows // (self.num_heads // self.num_kv_heads)
+    def _group(self) -> int:
+        return self.num_heads // self.num_kv_heads
 
     @property
-    def _most_splits(self) -> int:
-        """Splits of a launch with one tile; tiles times splits never exceed it, unless nothing is split."""
-        return max(1, PROGRAMS_WANTED // self.num_kv_heads)
+    def _rows(self) -> int:
+        return max(64, power_of_two(self._group))
+
+    @property
+    def _few_splits(self) -> int:
+        """Splits of a launch with one tile."""
+        return min(max(1, PROGRAMS_WANTED // self.num_kv_heads), MAX_SPLITS)
+
+    @property
+    def _split_rows(self) -> int:
+        """Tokens times splits, at most, of any launch with splits.
+
+        Half of it is the most tokens, and so the most tiles, that are split: each has a counter.
+        """
+        return min(SPLIT_ROWS, 2 * (NUM_COUNTERS // self.num_kv_heads))
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """The attended values, and scratch for as many rows as any split step has."""
-        rows = self._tokens_per_tile * self._most_splits
+        rows = max(self._split_rows, self._rows // self._group * self._few_splits)
         return (
             ((shapes[0][0], self.num_heads * self.head_dim), MODEL),
             ((rows, self.num_heads, self.head_dim), "fp32"),
@@ -65,8 +99,16 @@ class PagedAttend:
     def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
         """A program for each query tile, KV head and split."""
         tokens, (seqs, blocks_per_table) = shapes[0][0], shapes[1]
-        tiles = seqs + (tokens - seqs) // self._tokens_per_tile
-        splits = arithmetic.larger(arithmetic.constant(self._most_splits) // tiles, 1)
+        tiles = seqs + (tokens - seqs) // (self._rows // self._group)
+        few_splits = arithmetic.larger(arithmetic.constant(self._few_splits) // tiles, 1)
+        many_splits = arithmetic.constant(self._split_rows) // tokens
+        many_splits = many_splits - arithmetic.larger(many_splits - MANY_SPLITS, 0)
+        # The larger of the two, in what symbolic arithmetic has.
+        splits = few_splits + arithmetic.larger(many_splits - few_splits, 0)
+        padded = max(16, power_of_two(self.head_dim))
+        row_bytes = padded * self.kv_element_bytes
+        group = power_of_two(self._group)
+        combined_rows = min(8, group)
         return Launch(
             kernel=paged_attention,
             types={
@@ -75,9 +117,12 @@ class PagedAttend:
                 "query_start_loc": "*i32",
                 "seq_lens": "*i32",
                 "kv_cache": f"*{MODEL}",
+                "engine_state": "*i64",
+                "num_tokens": "i32",
                 "num_seqs": "i32",
                 "blocks_per_table": "i32",
                 "num_splits": "i32",
+                "few_splits": "i32",
                 "layer": "i32",
                 "out": f"*{MODEL}",
                 "partial_out": "*fp32",
@@ -85,18 +130,31 @@ class PagedAttend:
             },
             constants={
                 "HEAD_DIM": self.head_dim,
-                "HEAD_DIM_PADDED": power_of_two(self.head_dim),
+                "HEAD_DIM_PADDED": padded,
                 "NUM_KV_HEADS": self.num_kv_heads,
-                "GROUP": self.num_heads // self.num_kv_heads,
+                "GROUP": self._group,
                 "BLOCK_SIZE": self.block_size,
                 "BLOCK_ELEMENTS": self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim,
                 "MAX_BLOCKS": self.max_blocks,
+                "NUM_POOLS": self.num_pools,
+                "BLOCKS_PER_POOL": self.blocks_per_pool,
+                "POOL_OFFSETS_BYTE": POOL_OFFSETS_BYTE,
+                "COUNTERS_BYTE": COUNTERS_BYTE,
                 "WINDOW": self.window,
                 "SCALE_LOG2": self.scale * math.log2(math.e),
-                "BLOCK_M": self.tile_rows,
-                "BLOCK_N": 64 if self.tile_rows == 16 else 32,
+                "ROWS": self._rows,
+                "ROW_KEYS": max(16, min(32, 8192 // row_bytes)),
+                "ROW_STAGES": 2,
+                "FEW_ROWS": max(16, group),
+                "FEW_KEYS": max(16, min(64, 16384 // row_bytes)),
+                "FEW_STAGES": 2,
+                "MIN_SPLIT": MIN_SPLIT,
+                "LONG_SPLIT": LONG_SPLIT,
+                "MAX_SPLITS": MAX_SPLITS,
+                "COMBINED_ROWS": combined_rows,
+                "COMBINED_SPLITS": 32 // combined_rows,
             },
             grid=(tiles, self.num_kv_heads, splits),
-            integers=(seqs, blocks_per_table, splits, self.layer),
+            integers=(tokens, seqs, blocks_per_table, splits, few_splits, self.layer),
             num_stages=2,
         )
