@@ -27,7 +27,7 @@ class StepOutput:
 
     logits: NDArray[np.float32] | None
     """[N, vocab_size], one row for each entry of `logits_indices`; valid until the next step is submitted.
-    None where `sampled_ids` are given."""
+    May be None where `sampled_ids` are given."""
     sampled_ids: NDArray[np.int32] | None
     """[N] tokens, valid as long; -1 where the best logit of the row is not a finite number. None where the
     step's inputs had no `sampling`."""
