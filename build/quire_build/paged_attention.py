@@ -40,7 +40,7 @@ def paged_attention_in_place(
         query: [T, num_heads * head_dim], rotated.
         key: [T, num_kv_heads * head_dim], rotated.
         value: [T, num_kv_heads * head_dim].
-        key_cache: [num_blocks, num_kv_heads, block_size, head_dim]; written in place.
+        key_cache: [num_blocks, num_kv_heads, block_size, head_dim]; written in place, rounded to its type.
         value_cache: the same.
         slot_mapping: int32 [T], block id * block_size + offset of each token.
         block_tables: int32 [S, B], block ids of each sequence.
@@ -59,16 +59,18 @@ def paged_attention_in_place(
     head_dim = query.shape[1] // num_heads
     block_size = key_cache.shape[2]
     blocks, offsets = slot_mapping.long() // block_size, slot_mapping.long() % block_size
-    key_cache[blocks, :, offsets] = key.view(num_tokens, num_kv_heads, head_dim)
-    value_cache[blocks, :, offsets] = value.view(num_tokens, num_kv_heads, head_dim)
+    key_cache[blocks, :, offsets] = _saturated(key, key_cache.dtype).view(num_tokens, num_kv_heads, head_dim)
+    value_cache[blocks, :, offsets] = _saturated(value, value_cache.dtype).view(
+        num_tokens, num_kv_heads, head_dim
+    )
 
     output = torch.empty_like(query)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for sequence, length in enumerate(lengths):
         start, end = starts[sequence], starts[sequence + 1]
         table = block_tables[sequence, : -(-length // block_size)].long()
-        keys = key_cache[table].transpose(0, 1).flatten(1, 2)[:, :length]
-        values = value_cache[table].transpose(0, 1).flatten(1, 2)[:, :length]
+        keys = key_cache[table].to(query.dtype).transpose(0, 1).flatten(1, 2)[:, :length]
+        values = value_cache[table].to(query.dtype).transpose(0, 1).flatten(1, 2)[:, :length]
         queries = query[start:end].view(end - start, num_heads, head_dim).transpose(0, 1)
         visible = _visible(end - start, length, sliding_window, query.device)
         attended = F.scaled_dot_product_attention(
@@ -76,6 +78,12 @@ def paged_attention_in_place(
         )
         output[start:end] = attended[0].transpose(0, 1).flatten(1)
     return output, key_cache, value_cache
+
+
+def _saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another floating-point type; what is beyond its range becomes the largest number."""
+    limit = torch.finfo(dtype).max
+    return tensor if tensor.dtype == dtype else tensor.clamp(-limit, limit).to(dtype)
 
 
 def _visible(num_queries: int, length: int, sliding_window: int, device: torch.device) -> Tensor:

@@ -1,0 +1,143 @@
+"""Numbers of few bits: what quantised weights, activations and KV are, and the decoder as they make it.
+
+A weight [n, k] becomes int8 or float8 (e4m3) with one float32 scale for each output channel n, so that a
+kernel multiplies the narrow numbers, exact in bf16, and scales its accumulator once. Activations have one
+scale for the whole tensor, found by calibration. The decoders made here compute in float32 on numbers
+rounded as an engine of that precision rounds them: the numerics gate measures with them what a precision
+costs, and engines are held against them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quire_build.decoder import Decoder, Layer, RMSNorm
+
+NarrowType = Literal["int8", "fp8"]
+
+LARGEST: Mapping[NarrowType, float] = {"int8": 127.0, "fp8": 448.0}
+"""The largest number that a scale maps to; int8 leaves -128 out, so that both signs reach as far."""
+DTYPES: Mapping[NarrowType, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+KEPT = ("lm_head",)
+"""Linear layers that are never quantised: the head's errors go straight into the logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight of few bits: `values` [n, k] times `scales` [n]."""
+
+    values: Tensor
+    """int8 or float8_e4m3fn."""
+    scales: Tensor
+    """float32."""
+
+    def dequantized(self) -> Tensor:
+        """float32 [n, k]."""
+        return self.values.float() * self.scales[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The largest absolute values that a decoder showed, by the names of its linear layers."""
+
+    weight_amax: dict[str, Tensor] = field(default_factory=dict)
+    """float32 [n], of each output channel."""
+    input_amax: dict[str, float] = field(default_factory=dict)
+    """Of the layer's whole input, over the calibration text."""
+
+
+def quantize_weights(weight: Tensor, narrow: NarrowType, amax: Tensor | None = None) -> QuantizedWeight:
+    """Quantise a weight [n, k], symmetric, each output channel by itself.
+
+    Args:
+        weight: any floating-point type.
+        narrow: the type to quantise to.
+        amax: [n] absolute values that become the largest number; beyond them values saturate. None takes the
+            largest of each channel.
+    """
+    weight = weight.float()
+    if amax is None:
+        amax = weight.abs().amax(1)
+    scales = torch.where(amax > 0, amax.float() / LARGEST[narrow], 1.0)
+    return QuantizedWeight(_narrowed(weight / scales[:, None], narrow), scales)
+
+
+def quantized_linears(decoder: Decoder) -> dict[str, nn.Linear]:
+    """The linear layers that quantisation replaces, by their names in the decoder."""
+    return {
+        name: module
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and name not in KEPT
+    }
+
+
+def rounded_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """A copy that rounds as an engine of model type `dtype` does: weights and what layers hand on.
+
+    Products are accumulated and norms, rotation and softmax computed in float32, as the engine's kernels do.
+    """
+    rounded = copy.deepcopy(decoder)
+
+    def rounds(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).float()
+
+    def inputs(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounds(arguments[0]), *arguments[1:])
+
+    def output(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> Any:
+        return (rounds(result[0]), *result[1:]) if isinstance(result, tuple) else rounds(result)
+
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(rounds(parameter))
+    for name, module in rounded.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(inputs)
+        if isinstance(module, nn.Linear | nn.Embedding | RMSNorm | Layer) and name not in KEPT:
+            module.register_forward_hook(output)
+    return rounded
+
+
+def quantized_decoder(
+    decoder: Decoder, narrow: NarrowType, calibration: Calibration, *, activations: bool
+) -> Decoder:
+    """A copy whose linear layers have weights of few bits and, if asked for, inputs of few bits.
+
+    Args:
+        decoder: what to copy, often a `rounded_decoder`.
+        narrow: the type of both.
+        calibration: where it has a layer's `weight_amax`, that decides the scales. With `activations` it must
+            have the `input_amax` of every layer.
+        activations: quantise the inputs too.
+    """
+    quantized = copy.deepcopy(decoder)
+    for name, linear in quantized_linears(quantized).items():
+        weight = quantize_weights(linear.weight, narrow, calibration.weight_amax.get(name))
+        linear.weight = nn.Parameter(weight.dequantized(), requires_grad=False)
+        if activations:
+            linear.register_forward_pre_hook(_InputQuantizer(calibration.input_amax[name], narrow))
+    return quantized
+
+
+@dataclass(frozen=True, slots=True)
+class _InputQuantizer:
+    """Rounds a layer's input as a kernel that takes few bits would, one scale for the tensor."""
+
+    amax: float
+    narrow: NarrowType
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        scale = self.amax / LARGEST[self.narrow] or 1.0
+        return (_narrowed(arguments[0] / scale, self.narrow).float() * scale,)
+
+
+def _narrowed(scaled: Tensor, narrow: NarrowType) -> Tensor:
+    """Round to the nearest number of the type, ties to even; beyond its range, to its largest."""
+    scaled = scaled.clamp(-LARGEST[narrow], LARGEST[narrow])
+    return (scaled.round() if narrow == "int8" else scaled).to(DTYPES[narrow])
