@@ -139,27 +139,29 @@ def _draw(
     """Draw a token of one row whose best logit is finite and whose inverse temperature is positive."""
     # Whatever the parameters hold, what they mean from here on is within bounds.
     inverse_temperature = tl.minimum(inverse_temperature, 1e30)
-    last_key = LAST_KEY
+    last_key = tl.full([], LAST_KEY, tl.int32)
     if min_p > 0.0:
         distance = tl.maximum(0.0 - tl.log(tl.minimum(min_p, 1.0)), 0.0)
         last_key = distance.to(tl.int32, bitcast=True)
     most = tl.full([], VOCAB_SIZE, tl.int64)
     if (top_k >= 1.0) & (top_k < VOCAB_SIZE):
         most = top_k.to(tl.int64)
-    nucleus = 1.0
+    nucleus = tl.full([], 1.0, tl.float32)
     if top_p < 1.0:
         nucleus = tl.maximum(top_p, 0.0)
-    point = 0.0
+    point = tl.full([], 0.0, tl.float32)
     if uniform > 0.0:
         point = tl.minimum(uniform, 1.0)
 
+    near_key = tl.full([], NEAR_KEY, tl.int32)
+    far_key = tl.full([], FAR_KEY, tl.int32)
     last_count, near_count, far_count, last_mass, near_mass, far_mass = _measure(
-        row_logits, best, inverse_temperature, last_key, NEAR_KEY, FAR_KEY, VOCAB_SIZE, BLOCK
+        row_logits, best, inverse_temperature, last_key, near_key, far_key, VOCAB_SIZE, BLOCK
     )
     kept_count, kept_mass = last_count, last_mass
     place = tl.arange(0, CAPACITY)
     copied_count = tl.full([], 0, tl.int64)
-    copied_above = -1
+    copied_above = tl.full([], -1, tl.int32)
     before_copied_count = tl.full([], 0, tl.int64)
     before_copied_mass = tl.full([], 0, tl.int64)
     nth = tl.full([], 0, tl.int64)
@@ -182,20 +184,20 @@ def _draw(
             wanted = tl.minimum(tl.maximum(wanted, 1), kept_mass)
         if needed:
             # At `above` less than wanted has been found, at `last` enough.
-            above = -1
+            above = tl.full([], -1, tl.int32)
             above_count = tl.full([], 0, tl.int64)
             above_mass = tl.full([], 0, tl.int64)
             last, count, mass = last_key, last_count, last_mass
-            if last > FAR_KEY:
+            if last > far_key:
                 if tl.where(by_count, far_count, far_mass) >= wanted:
-                    last, count, mass = FAR_KEY, far_count, far_mass
+                    last, count, mass = far_key, far_count, far_mass
                 else:
-                    above, above_count, above_mass = FAR_KEY, far_count, far_mass
-            if (last > NEAR_KEY) & (above < NEAR_KEY):
+                    above, above_count, above_mass = far_key, far_count, far_mass
+            if (last > near_key) & (above < near_key):
                 if tl.where(by_count, near_count, near_mass) >= wanted:
-                    last, count, mass = NEAR_KEY, near_count, near_mass
+                    last, count, mass = near_key, near_count, near_mass
                 else:
-                    above, above_count, above_mass = NEAR_KEY, near_count, near_mass
+                    above, above_count, above_mass = near_key, near_count, near_mass
             before_copied = tl.where(by_count, before_copied_count, before_copied_mass)
             found_copied = (copied_count > 0) & (before_copied < wanted)
             if not found_copied:
