@@ -34,13 +34,13 @@ from quire.execution.manifest import (
 from quire.execution.tensorrt.device import ALIGNMENT, DeviceError, DeviceMemory, DeviceProperties
 
 VOCAB_SIZE, BLOCK_SIZE = 97, 4
-LIMITS = EngineLimits(max_num_seqs=12, max_num_batched_tokens=64, max_model_len=40)
+LIMITS = EngineLimits(max_num_seqs=12, max_num_batched_tokens=200, max_model_len=40)
 KV_BYTES_PER_BLOCK = 8 * BLOCK_SIZE
 DETAILS = PlanDetails(
     max_blocks=1 << 22,
     num_pools=1,
     blocks_per_pool=1 << 22,
-    profiles=((1, 4), (5, 16), (17, 64)),
+    profiles=((1, 4), (5, 16), (17, 200)),
     decode_sizes=(1, 2, 4, 8, 12),
     gpu_architecture=90,
     gpu_name="Fake H100",
@@ -338,6 +338,9 @@ class _Bound:
             if slot >= BLOCK_SIZE:
                 self._slot(slot // BLOCK_SIZE, slot % BLOCK_SIZE, num_blocks)[0] = token
         starts = tensor["query_start_loc"].tolist()
+        assert starts[0] == 0
+        assert starts[-1] == num_tokens
+        assert all(start < end for start, end in itertools.pairwise(starts))
         for row, index in enumerate(tensor["logits_indices"].tolist()):
             sequence = next(s for s in range(num_seqs) if starts[s] <= index < starts[s + 1])
             table = tensor["block_tables"][sequence].tolist()

@@ -166,6 +166,12 @@ def test_a_prompt_runs_in_the_profile_that_holds_it(server: Server, length: int,
     assert not server.device.launched
 
 
+def test_a_step_of_many_tokens_keeps_its_tensors_apart(server: Server) -> None:
+    sequences = prompts(40, 39, 38, 37)
+    assert server.run(sequences.step([0, 1, 2, 3])) == sequences.expected([0, 1, 2, 3])
+    assert server.plan.runs == [Run(2, 154, 4, 4, 10)]
+
+
 def test_prompts_in_chunks_run_beside_decoding_sequences(server: Server) -> None:
     sequences = prompts(6, 20, 3)
     assert server.run(sequences.step([0])) == sequences.expected([0])
