@@ -1,181 +1,321 @@
-"""Times of the TensorRT plan's kernels by themselves, launched as a plan launches them.
+"""Times of the TensorRT plan's attention by itself, launched as a plan launches it.
 
-    PYTHONPATH=build python tests/benchmarks/gpu_kernels.py OUT.json
+    PYTHONPATH=build:backends python tests/benchmarks/gpu_kernels.py --seconds 300 --output OUT.json
 
-Llama-3-8B's shapes, bfloat16: attention in KV bytes read over time, linear layers in weight bytes read over
-time, both as a share of the copy bandwidth, and cuBLAS's times for the same products. One graph runs all
-layers, each with weights or KV of its own, so that no cache helps.
+First one mixed step against float32 torch. Then decode steps, as KV bytes read over time beside the copy
+bandwidth of the same process, and prefill chunks, with the operator's own settings; then, in the time that is
+left, both with other settings. bfloat16, shapes of Llama-3-8B and Llama-2-7B. One graph runs enough launches,
+each over blocks of its own, that no cache helps.
 """
 
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
-import functools
-import itertools
-import sys
-from collections.abc import Callable, Sequence
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from gpu_timing import Results, graph_time_ms
 from torch import Tensor
 
-from quire_build.tensorrt.operators import MODEL, KvWrite, Linear, Operator, PagedAttend, PlainArithmetic
-
-HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, BLOCK_SIZE = 4096, 14336, 32, 8, 128, 32, 16
-CONTEXTS = (
-    (1, 200),
-    (1, 2048),
-    (1, 32768),
-    (8, 8192),
-    (64, 200),
-    (64, 2048),
-    (128, 200),
-    (256, 200),
-    (256, 1024),
+from quire.execution.engine_state import engine_state_elements
+from quire_build.paged_attention import paged_attention_in_place
+from quire_build.tensorrt.operators import (
+    MODEL,
+    KvWrite,
+    Launch,
+    Operator,
+    PagedAttend,
+    PlainArithmetic,
+    paged_attend,
 )
-LINEAR_LAYERS = 6
-TILES = {
-    "qkv": (6144, HIDDEN, {"normed": 1}, (1, 16, 32, 128, 4, 5)),
-    "output": (HIDDEN, HIDDEN, {"adds_residual": 1}, (4, 16, 64, 128, 4, 3)),
-    "gate_up": (FFN, HIDDEN, {"normed": 1, "gated": 1}, (1, 16, 32, 128, 4, 3)),
-    "down": (HIDDEN, FFN, {"adds_residual": 1}, (4, 16, 64, 128, 4, 3)),
-}
-"""Rows and columns of the weight, flags, and (splits, block_m, block_n, block_k, warps, stages)."""
+
+HEAD_DIM, BLOCK_SIZE, ELEMENT_BYTES, SCALE = 128, 16, 2, 128**-0.5
+MODELS = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32)}
+"""Heads and KV heads."""
+BATCHES, CONTEXTS, CHUNKS = (1, 8, 32, 64, 128, 256), (200, 2_000, 16_000), (512, 2_048, 8_192)
+LAYERS = (32, 8, 2, 1)
+"""Of the pool: as many as the context leaves room for."""
+READ_BYTES = 256 << 20
+"""That one graph reads at least, if no more than MOST_LAUNCHES do it: more than any L2 cache holds."""
+MOST_LAUNCHES = 128
+SPARED_BYTES = 12 << 30
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"maxnreg": 128},
+    {"FEW_KEYS": 32, "FEW_STAGES": 3},
+    {"FEW_KEYS": 32, "FEW_STAGES": 3, "maxnreg": 128},
+    {"MIN_SPLIT": 64},
+    {"MIN_SPLIT": 256},
+    {"MIN_SPLIT": 512},
+    {"PROGRAMS_WANTED": 528},
+    {"PROGRAMS_WANTED": 132},
+    {"LONG_SPLIT": 512},
+    {"LONG_SPLIT": 1 << 20},
+    {"num_warps": 8},
+    {"ROW_KEYS": 16, "ROW_STAGES": 3},
+    {"ROW_KEYS": 64, "ROW_STAGES": 1},
+)
+"""Constants of the kernel, options of its compilation, and the operator's wish for programs."""
 
 
-class Prepared:
-    """An operator with its inputs, outputs allocated, ready to be launched again and again."""
+@dataclass(frozen=True)
+class Step:
+    """Sequences of one step: how many of their last tokens are its own, and how many they have in all."""
 
-    def __init__(self, operator: Operator, inputs: list[Tensor]) -> None:
-        shapes = [tuple(tensor.shape) for tensor in inputs]
-        self.outputs = [
-            torch.empty(
-                shape, dtype=inputs[0].dtype if element == MODEL else torch.float32, device=inputs[0].device
-            )
-            for shape, element in operator.outputs(shapes)
-        ]
-        self._inputs, self._launch = inputs, operator.launch(shapes, PlainArithmetic())
+    query_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
 
-    def __call__(self) -> None:
-        """Launch it on the current stream."""
-        launch = self._launch
-        launch.kernel[launch.grid](
-            *self._inputs,
+    @property
+    def blocks_per_table(self) -> int:
+        """Enough for the longest."""
+        return -(-max(self.seq_lens) // BLOCK_SIZE)
+
+    @property
+    def num_blocks(self) -> int:
+        """Of all sequences."""
+        return sum(-(-length // BLOCK_SIZE) for length in self.seq_lens)
+
+    @property
+    def pairs(self) -> int:
+        """Of a query and a key that it sees."""
+        lens = zip(self.query_lens, self.seq_lens, strict=True)
+        return sum(n * (length - n) + n * (n + 1) // 2 for n, length in lens)
+
+
+class Pool:
+    """Most of the GPU's memory, seen as a pool of whichever shape is measured."""
+
+    def __init__(self) -> None:
+        free_bytes, _ = torch.cuda.mem_get_info()
+        unit = torch.randn(32 << 20, device="cuda").to(torch.bfloat16)
+        self._elements = torch.empty((free_bytes - SPARED_BYTES) // 2, dtype=torch.bfloat16, device="cuda")
+        for part in self._elements.split(unit.numel()):
+            part.copy_(unit[: part.numel()])
+
+    def layers(self, kv_heads: int, num_blocks: int) -> int:
+        """How many layers so many blocks may have; 0 if they do not fit at all."""
+        block = 2 * kv_heads * BLOCK_SIZE * HEAD_DIM
+        return next((n for n in LAYERS if (num_blocks + 1) * n * block <= self._elements.numel()), 0)
+
+    def view(self, kv_heads: int, layers: int) -> Tensor:
+        """[blocks, layers, K and V, KV heads, block size, head size]."""
+        shape = (layers, 2, kv_heads, BLOCK_SIZE, HEAD_DIM)
+        block = layers * 2 * kv_heads * BLOCK_SIZE * HEAD_DIM
+        blocks = min(self._elements.numel() // block, 1 << 20)
+        return self._elements[: blocks * block].view(blocks, *shape)
+
+
+def attend_operator(heads: int, pool: Tensor, layer: int) -> PagedAttend:
+    """Attention of one layer over a pool in one part."""
+    blocks, layers, _, kv_heads, _, _ = pool.shape
+    return PagedAttend(
+        layer=layer,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        block_size=BLOCK_SIZE,
+        max_blocks=blocks,
+        num_pools=1,
+        blocks_per_pool=blocks,
+        kv_element_bytes=ELEMENT_BYTES,
+        window=0,
+        scale=SCALE,
+    )
+
+
+def prepare(
+    operator: Operator, inputs: Sequence[Tensor], settings: Mapping[str, Any]
+) -> tuple[Callable[[], object], list[Tensor]]:
+    """What launches the operator, and its outputs."""
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    wanted = settings.get("PROGRAMS_WANTED", paged_attend.PROGRAMS_WANTED)
+    with mock.patch.object(paged_attend, "PROGRAMS_WANTED", wanted):
+        launch: Launch = operator.launch(shapes, PlainArithmetic())
+        described = operator.outputs(shapes)
+    launch = replace(
+        launch,
+        constants={name: settings.get(name, value) for name, value in launch.constants.items()},
+        num_warps=settings.get("num_warps", launch.num_warps),
+    )
+    options = {name: value for name, value in settings.items() if name == "maxnreg"}
+    types = {MODEL: torch.bfloat16, "fp32": torch.float32, "i32": torch.int32}
+    outputs = [torch.empty(shape, dtype=types[element], device="cuda") for shape, element in described]
+
+    def run() -> object:
+        return launch.kernel[launch.grid](
+            *inputs,
             *launch.integers,
-            *self.outputs,
+            *outputs,
             **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            **options,
         )
 
-
-def decode_attention(
-    pool: Tensor, layers: int, num_blocks: int, seqs: int, context: int
-) -> list[tuple[Prepared, Prepared]]:
-    """Write and attend of every layer for one token of each sequence, blocks drawn at random."""
-    blocks = -(-context // BLOCK_SIZE)
-    tables = (torch.randperm(num_blocks - 1)[: seqs * blocks] + 1).to(torch.int32).view(seqs, blocks)
-    device = pool.device
-    positions = torch.full((seqs,), context - 1, dtype=torch.int32, device=device)
-    slots = (tables[:, (context - 1) // BLOCK_SIZE] * BLOCK_SIZE + (context - 1) % BLOCK_SIZE).to(device)
-    starts = torch.arange(seqs + 1, dtype=torch.int32, device=device)
-    qkv = torch.randn(seqs, (HEADS + 2 * KV_HEADS) * HEAD_DIM, device=device).to(pool.dtype)
-    table = torch.randn(context, HEAD_DIM, device=device)
-    prepared = []
-    for layer in range(layers):
-        layout = (layer, layers, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, num_blocks)
-        write = Prepared(KvWrite(*layout, context, 0, 0.0), [qkv, table, positions, slots, qkv, pool])
-        attend = PagedAttend(*layout, window=0, scale=HEAD_DIM**-0.5, tile_rows=16)
-        inputs = [write.outputs[0], tables.to(device), starts, positions + 1, pool]
-        prepared.append((write, Prepared(attend, inputs)))
-    return prepared
+    return run, outputs
 
 
-def linear_layer(name: str, rows: int, weight: Tensor, counters: Tensor) -> Prepared:
-    """One linear layer of a decode step of so many rows."""
-    n, k, flags, (splits, block_m, block_n, block_k, num_warps, num_stages) = TILES[name]
-    every: dict[str, Any] = {"normed": 0, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0}
-    operator = Linear(
-        k=k,
-        n=n,
-        epsilon=1e-5,
-        splits=splits,
-        block_m=block_m,
-        block_n=block_n,
-        block_k=block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        **(every | flags),
-    )
-    x = torch.randn(rows, k, device=weight.device).to(weight.dtype)
-    squares = x.float().square().view(rows, -1, 32).sum(-1)
-    residual = torch.randn(rows, n, device=weight.device).to(weight.dtype)
-    return Prepared(operator, [x, weight, squares, residual, residual[0], residual, counters])
+def integers(values: Sequence[int]) -> Tensor:
+    """int32 on the GPU."""
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-def one_after_another(launches: Sequence[Callable[[], object]]) -> Callable[[int], None]:
-    """All of them as one step."""
+def draw_tables(step: Step, num_blocks: int) -> Tensor:
+    """Block tables of blocks drawn at random."""
+    tables = torch.zeros(len(step.seq_lens), step.blocks_per_table, dtype=torch.int32)
+    drawn = (torch.randperm(num_blocks - 1)[: step.num_blocks] + 1).to(torch.int32)
+    taken = 0
+    for row, length in enumerate(step.seq_lens):
+        n = -(-length // BLOCK_SIZE)
+        tables[row, :n] = drawn[taken : taken + n]
+        taken += n
+    return tables.cuda()
 
-    def step(_stream: int) -> None:
-        for launch in launches:
+
+def starts_of(step: Step) -> Tensor:
+    """query_start_loc."""
+    starts = [0]
+    for n in step.query_lens:
+        starts.append(starts[-1] + n)
+    return integers(starts)
+
+
+def new_state(num_blocks: int) -> Tensor:
+    """The engine's state, before any step."""
+    state = torch.zeros(engine_state_elements(256), dtype=torch.int64, device="cuda")
+    state[0] = num_blocks
+    return state
+
+
+def step_time_ms(
+    heads: int, pool: Tensor, step: Step, settings: Mapping[str, Any], *, writes: bool = False
+) -> float:
+    """Median time of attention for one layer, with the write before it if wanted."""
+    blocks, layers, _, kv_heads, _, _ = pool.shape
+    tokens = sum(step.query_lens)
+    read = sum(step.seq_lens) * 2 * kv_heads * HEAD_DIM * ELEMENT_BYTES
+    launches = max(layers, min(MOST_LAUNCHES, -(-READ_BYTES // read)))
+    state, starts, lengths = new_state(blocks), starts_of(step), integers(step.seq_lens)
+    query = torch.randn(tokens, heads, HEAD_DIM, device="cuda").to(torch.bfloat16)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * HEAD_DIM, device="cuda").to(torch.bfloat16)
+    table = torch.randn(max(step.seq_lens), HEAD_DIM, device="cuda")
+    pairs = zip(step.query_lens, step.seq_lens, strict=True)
+    positions = torch.cat([torch.arange(n - q, n, dtype=torch.int32) for q, n in pairs]).cuda()
+    row = torch.repeat_interleave(torch.arange(len(step.query_lens)), torch.tensor(step.query_lens)).cuda()
+    every: list[Callable[[], object]] = []
+    for i in range(launches):
+        if i % layers == 0:
+            tables = draw_tables(step, blocks)
+            slots = tables[row, positions.long() // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        attend = attend_operator(heads, pool, i % layers)
+        if writes:
+            layout = (attend.layer, layers, heads, kv_heads, HEAD_DIM, BLOCK_SIZE, blocks, 1, blocks)
+            write = KvWrite(*layout, max_positions=table.shape[0], head_normed=0, epsilon=0.0)
+            every.append(prepare(write, [qkv, table, positions, slots, qkv, pool, state], {})[0])
+        every.append(prepare(attend, [query, tables, starts, lengths, pool, state], settings)[0])
+
+    def run_all(_stream: int) -> None:
+        for launch in every:
             launch()
 
-    return step
+    return graph_time_ms(run_all) / launches
 
 
-def measure_attention(results: Results) -> None:
-    """KV read of decode steps, for as many blocks as fit the GPU."""
-    block_elements = LAYERS * 2 * KV_HEADS * BLOCK_SIZE * HEAD_DIM
-    free_bytes, _ = torch.cuda.mem_get_info()
-    num_blocks = min((free_bytes - (12 << 30)) // (2 * block_elements), 20_000)
-    pool = torch.empty(num_blocks, block_elements, dtype=torch.bfloat16, device="cuda")
-    for some in pool.split(256):
-        some.normal_()
-    pool[0] = 0.0
-    pool.view(-1).view(torch.int64)[0] = num_blocks
-    for seqs, context in CONTEXTS:
-        if seqs * -(-context // BLOCK_SIZE) >= num_blocks:
-            continue
-        layers = decode_attention(pool, LAYERS, num_blocks, seqs, context)
-        time_ms = graph_time_ms(one_after_another([attend for _, attend in layers]))
-        both_ms = graph_time_ms(one_after_another(list(itertools.chain.from_iterable(layers))))
-        read = LAYERS * seqs * context * 2 * KV_HEADS * HEAD_DIM * 2
+def check(results: Results, pool: Pool) -> None:
+    """A mixed step of decode rows, split and not, and chunks, against float32 torch."""
+    step = Step((1, 1, 1, 300, 3, 1), (5_000, 17, 1, 300, 900, 40))
+    for name, (heads, kv_heads) in MODELS.items():
+        cache = pool.view(kv_heads, 2)
+        tables, starts, lengths = draw_tables(step, cache.shape[0]), starts_of(step), integers(step.seq_lens)
+        tokens = sum(step.query_lens)
+        query = torch.randn(tokens, heads, HEAD_DIM, device="cuda").to(torch.bfloat16)
+        state = new_state(cache.shape[0])
+        run, outputs = prepare(
+            attend_operator(heads, cache, 1), [query, tables, starts, lengths, cache, state], {}
+        )
+        repeats = []
+        for _ in range(3):
+            run()
+            repeats.append(outputs[0].clone())
+        # The specification, over only the blocks in question.
+        used, small = torch.unique(tables, return_inverse=True)
+        keys, values = (cache[used.long(), 1, i].float() for i in range(2))
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device="cuda"), starts.diff())
+        last = (lengths - starts.diff())[rows] + torch.arange(tokens, device="cuda") - starts[:-1][rows]
+        slots = small[rows, last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
+        key, value = (part[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE].flatten(1) for part in (keys, values))
+        expected, _, _ = paged_attention_in_place(
+            query.float().flatten(1), key, value, keys, values, slots.int(), small.int(), starts, lengths,
+            SCALE, heads, kv_heads, 0,
+        )  # fmt: skip
+        error = (outputs[0].float() - expected).norm() / expected.norm()
         results.add(
-            attention=[seqs, context],
-            us_a_layer=round(time_ms * 1e3 / LAYERS, 2),
-            with_write_us=round(both_ms * 1e3 / LAYERS, 2),
-            share_of_bandwidth=results.share_of_bandwidth(read, time_ms),
+            check=name,
+            relative_error=float(error),
+            repeats_equal=all(torch.equal(repeats[0], other) for other in repeats),
+            counters_zero=not bool(state[1:].any()),
         )
 
 
-def measure_linear(results: Results) -> None:
-    """Weight read of the linear layers of small decode steps, and cuBLAS beside it."""
-    counters = torch.zeros(4096, dtype=torch.bfloat16, device="cuda")
-    for name, (n, k, flags, _) in TILES.items():
-        rows_of_weight = n * (1 + flags.get("gated", 0))
-        weights = [
-            torch.randn(rows_of_weight, k, dtype=torch.bfloat16, device="cuda") for _ in range(LINEAR_LAYERS)
+def cases() -> list[tuple[str, str, Step]]:
+    """Model, name and step, the most interesting first."""
+    found = []
+    for name in MODELS:
+        found += [
+            (name, f"decode {n} x {context}", Step((1,) * n, (context,) * n))
+            for context in CONTEXTS
+            for n in BATCHES
         ]
-        for rows in (1, 8, 16):
-            layers = [linear_layer(name, rows, weight, counters) for weight in weights]
-            x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
-            ours = graph_time_ms(one_after_another(layers))
-            products = [functools.partial(torch.matmul, x, weight.T) for weight in weights]
-            cublas = graph_time_ms(one_after_another(products))
-            read = LINEAR_LAYERS * rows_of_weight * k * 2
-            results.add(
-                linear=name,
-                rows=rows,
-                us=round(ours * 1e3 / LINEAR_LAYERS, 1),
-                share_of_bandwidth=results.share_of_bandwidth(read, ours),
-                cublas_us=round(cublas * 1e3 / LINEAR_LAYERS, 1),
-            )
+        found.append((name, "decode 63 x 200 and 1 x 16000", Step((1,) * 64, (200,) * 63 + (16_000,))))
+        found += [(name, f"prefill {n}", Step((n,), (n,))) for n in CHUNKS]
+        found.append((name, "prefill 512 after 8000", Step((512,), (8_512,))))
+        found.append((name, "prefill 200 and decode 15 x 200", Step((1,) * 15 + (200,), (200,) * 16)))
+    return found
+
+
+def measure(results: Results, pool: Pool, settings: Mapping[str, Any], deadline: float) -> None:
+    """Every case with these settings, as far as time and memory go."""
+    for model, name, step in cases():
+        heads, kv_heads = MODELS[model]
+        layers = pool.layers(kv_heads, step.num_blocks)
+        if not layers or time.monotonic() > deadline:
+            continue
+        cache = pool.view(kv_heads, layers)
+        row: dict[str, Any] = {"model": model, "case": name, "settings": dict(settings)}
+        try:
+            time_ms = step_time_ms(heads, cache, step, settings)
+        except Exception as error:  # a setting may want more than the GPU has
+            results.add(**row, error=f"{type(error).__name__}: {error}"[:200])
+            return
+        row["us"] = round(time_ms * 1e3, 2)
+        if name.startswith("decode"):
+            read = sum(step.seq_lens) * 2 * kv_heads * HEAD_DIM * ELEMENT_BYTES
+            row["gb_s"] = round(read / time_ms / 1e6)
+            row["share_of_bandwidth"] = results.share_of_bandwidth(read, time_ms)
+        else:
+            row["tflop_s"] = round(4 * heads * HEAD_DIM * step.pairs / time_ms / 1e9, 1)
+        if not settings:
+            row["with_write_us"] = round(step_time_ms(heads, cache, step, {}, writes=True) * 1e3, 2)
+        results.add(**row)
 
 
 if __name__ == "__main__":
-    collected = Results(Path(sys.argv[1]))
-    measure_linear(collected)
-    measure_attention(collected)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=300.0, help="measure no longer than about this")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    collected = Results(arguments.output)
+    torch.cuda.empty_cache()
+    torch.manual_seed(0)
+    whole = Pool()
+    check(collected, whole)
+    for chosen in ({}, *SETTINGS):
+        measure(collected, whole, chosen, end)
