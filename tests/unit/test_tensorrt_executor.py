@@ -23,11 +23,16 @@ from tests.unit.fake_gpu import (
     next_token,
 )
 
+from quire.engine_core import EngineCore
 from quire.errors import EngineStepError, PeerLostError, SettingsError, StartupError
 from quire.execution.manifest import EngineLimits
 from quire.execution.model_inputs import ModelInputs
+from quire.execution.sampler import Sampler
 from quire.execution.tensorrt.engine import GRAPH_MARGIN_BYTES, TensorRTEngine
 from quire.execution.tensorrt.executor import TensorRTExecutor
+from quire.scheduling.request import Request
+from quire.scheduling.sampling_params import SamplingParams
+from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 
 NUM_BLOCKS = 200
 TIMEOUT_S = 5.0
@@ -509,3 +514,48 @@ def test_a_plan_that_computes_nothing_is_refused_at_start() -> None:
     plan.step_added = 5
     with pytest.raises(StartupError, match="answered step 5 in place of step 0"):
         TensorRTEngine(plan, device, msgspec.structs.replace(LIMITS, max_num_seqs=2))
+
+
+# Under the engine core
+
+
+def generate(server: Server, prompts: dict[str, list[int]], *, num_tokens: int) -> dict[str, list[int]]:
+    """Greedy tokens of all requests, by the loop that serves them."""
+    config = SchedulerConfig(
+        num_blocks=server.executor.pool_info(TIMEOUT_S).num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=30,
+        max_num_seqs=LIMITS.max_num_seqs,
+        max_model_len=LIMITS.max_model_len,
+        async_scheduling=True,
+    )
+    core = EngineCore(Scheduler(config), server.executor, Sampler(), step_timeout_s=TIMEOUT_S)
+    for name, prompt in prompts.items():
+        core.add_request(Request(name, prompt, SamplingParams(max_tokens=num_tokens, temperature=0.0)))
+    tokens: dict[str, list[int]] = {name: [] for name in prompts}
+    while core.has_work:
+        result = core.step()
+        assert not result.failures
+        for output in result.outputs:
+            tokens[output.request.request_id].append(output.token_id)
+    return tokens
+
+
+@pytest.mark.parametrize("num_blocks", [NUM_BLOCKS, 24])
+def test_many_requests_get_the_tokens_that_each_would_get_alone(num_blocks: int) -> None:
+    """Prompts in chunks, prefix hits, marks and, with few blocks, preemptions."""
+    server = serve(kv_cache_bytes=num_blocks * KV_BYTES_PER_BLOCK)
+    rng = np.random.default_rng(11)
+    shared = rng.integers(0, VOCAB_SIZE, 9).tolist()
+    prompts = {
+        f"r{i}": [*shared[: 9 * (i % 2)], *rng.integers(0, VOCAB_SIZE, 1 + i % 13).tolist()]
+        for i in range(20)
+    }
+    expected = {}
+    for name, prompt in prompts.items():
+        tokens = list(prompt)
+        for _ in range(12):
+            tokens.append(next_token(tokens))
+        expected[name] = tokens[len(prompt) :]
+    assert generate(server, prompts, num_tokens=12) == expected
+    assert server.device.launched
