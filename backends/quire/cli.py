@@ -1,4 +1,4 @@
-"""The command line: `quire build | serve | generate | doctor`.
+"""The command line: `quire build | serve | generate | profile | doctor`.
 
 Flags are read and checked here; the work is done by `quire_build`, `launcher` and `server_process`,
 `quire_client` and `doctor`, each imported by the command that needs it. A `QuireError` becomes one line
@@ -250,6 +250,27 @@ def generate(
     except KeyboardInterrupt:
         print(flush=True)
         raise typer.Exit(130) from None
+
+
+@app.command(short_help="Show where a TensorRT engine's time goes.")
+def profile(
+    repository: Annotated[Path, typer.Argument(help="Model repository made by `quire build`.")],
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences of a step; may be repeated.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence in the cache.")] = 1024,
+) -> None:
+    """Time decode steps of a TensorRT engine by kind of layer, beside what memory bandwidth allows."""
+    with _errors_as_one_line():
+        try:
+            from quire_build.tensorrt.profile import BATCHES, profile_repository, report
+        except ModuleNotFoundError as error:
+            raise StartupError(
+                f"profiling needs the package {error.name}; install it with: pip install 'quire[build]'"
+            ) from error
+        for step in profile_repository(repository, batch or BATCHES, context):
+            for line in report(step):
+                typer.echo(line)
 
 
 @app.command(short_help="Check that everything is here and fits together.")

@@ -41,7 +41,6 @@ from gpu_plan import (
     build_random_plan,
     load,
 )
-from gpu_serving import random_repository, serve_and_measure
 from gpu_steps import Sequences, decode_ms, fill, prefill_ms, run
 from gpu_timing import Results
 from torch import Tensor, nn
@@ -57,7 +56,6 @@ from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire_build.decoder import Decoder
 from quire_build.gate import compare, describe, gate_workload
-from quire_build.pipeline import build
 from quire_build.torch_executor import TorchExecutor
 
 BATCHES, CONTEXTS, PREFILLS = (1, 8, 32, 64, 128, 256), (200, 2000), (512, 2048, 8192)
@@ -419,6 +417,8 @@ def measure_against_eager(results: Results, loaded: LoadedPlan, eager: Mapping[s
 
 
 def check_hosted(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
+    from gpu_serving import random_repository, serve_and_measure  # needs a client of Triton
+
     repositories = {}
     plan: Path | None = None
     for placement in (EnginePlacement.HOSTED, EnginePlacement.IN_PROCESS):
@@ -434,6 +434,8 @@ def check_hosted(results: CheckedResults, options: argparse.Namespace, clock: Cl
 
 def check_precision(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
     """The project's own checkpoint through the whole build, then two layers of 8b against float32 weights."""
+    from quire_build.pipeline import build  # needs tritonclient
+
     precisions: tuple[Precision, ...] = ("bf16", "fp16")
     for precision in precisions:
         with tempfile.TemporaryDirectory() as folder:
