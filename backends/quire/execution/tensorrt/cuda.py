@@ -39,7 +39,9 @@ class CudaDevice:
         except DeviceError as error:
             raise StartupError(f"the GPU cannot be used: {error}") from None
         self.stream = int(self._stream)
-        self.properties = DeviceProperties(found.name.decode().rstrip("\0"), 10 * found.major + found.minor)
+        self.properties = DeviceProperties(
+            found.name.split(b"\0")[0].decode(), 10 * found.major + found.minor
+        )
         kinds = runtime.cudaMemcpyKind
         self._in, self._out = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
 
