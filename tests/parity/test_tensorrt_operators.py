@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,19 +14,41 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
+from quire.execution.engine_state import (
+    COUNTERS_BYTE,
+    EPOCH_BYTE,
+    MAX_POOLS,
+    NUM_COUNTERS,
+    POOL_HEADER_BYTES,
+    POOL_OFFSETS_BYTE,
+    SAMPLED_IDS_BYTE,
+    engine_state_elements,
+)
 from quire_build.paged_attention import paged_attention_in_place
-from quire_build.tensorrt.operators import MODEL, KvWrite, Operator, PagedAttend, PlainArithmetic
+from quire_build.tensorrt.operators import (
+    MODEL,
+    KvWrite,
+    Operator,
+    PagedAttend,
+    PlainArithmetic,
+    StepBegin,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+MAX_POSITIONS, MAX_NUM_SEQS = 256, 8
+
 
 def run(operator: Operator, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Launch one float32 operator in the interpreter; outputs start as NaN, so that gaps show."""
+    """Launch one float32 operator in the interpreter; outputs start as NaN, or -7, so that gaps show."""
     shapes = [tuple(tensor.shape) for tensor in inputs]
     outputs = []
     for shape, element in operator.outputs(shapes):
-        assert element in (MODEL, "fp32")
-        outputs.append(torch.full(shape, math.nan))
+        assert element in (MODEL, "fp32", "i32")
+        integer = element == "i32"
+        outputs.append(
+            torch.full(shape, -7 if integer else math.nan, dtype=torch.int32 if integer else torch.float32)
+        )
     launch = operator.launch(shapes, PlainArithmetic())
     launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
     return outputs
@@ -35,67 +58,250 @@ def integers(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("tile_rows", [16, 64])
-def test_write_and_attend_are_rope_and_paged_attention(tile_rows: int) -> None:
-    rng = np.random.default_rng(tile_rows)
-    heads, kv_heads, head_dim, block_size, layers, layer = 6, 2, 16, 8, 3, 1
-    query_lens, seq_lens = [1, 11, 1, 3], [50, 11, 1, 20]
-    tokens, num_blocks = sum(query_lens), 20
+def new_state(num_blocks: int) -> torch.Tensor:
+    state = torch.zeros(engine_state_elements(MAX_NUM_SEQS), dtype=torch.int64)
+    state[0] = num_blocks
+    return state
+
+
+def counters(state: torch.Tensor) -> torch.Tensor:
+    return state.view(torch.int32)[COUNTERS_BYTE // 4 :][:NUM_COUNTERS]
+
+
+@dataclass(frozen=True)
+class Model:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    layers: int = 2
+    window: int = 0
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        return (self.layers, 2, self.kv_heads, self.block_size, self.head_dim)
+
+
+class CutPool:
+    """A pool in parts: slices of one buffer, so that their distances are real, with guards between them."""
+
+    GUARD = 64
+
+    def __init__(self, model: Model, num_blocks: int, num_pools: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.num_blocks, self.num_pools = num_blocks, num_pools
+        self.per_pool = -(-num_blocks // num_pools)
+        block, header = math.prod(model.block_shape), POOL_HEADER_BYTES // 4
+        size = num_pools * (self.per_pool * block + header + self.GUARD)
+        self.buffer = torch.randn(size, generator=generator)
+        self.parts, self._blocks, at = [], [], 0
+        # The parts lie in the buffer in reverse order: offsets may be negative.
+        for i in reversed(range(num_pools)):
+            first = header if i else 0
+            self.parts.insert(0, self.buffer[at : at + first + self.per_pool * block])
+            self._blocks.insert(0, self.parts[0][first:].view(self.per_pool, *model.block_shape))
+            at += first + self.per_pool * block + self.GUARD
+
+    def content(self) -> torch.Tensor:
+        """All blocks in order, a copy."""
+        return torch.cat(self._blocks)[: self.num_blocks].clone()
+
+    def begin(self, state: torch.Tensor, max_blocks: int) -> None:
+        """What StepBegin does for the pool."""
+        parts = [*self.parts, *self.parts[:1] * (MAX_POOLS - len(self.parts))]
+        operator = StepBegin(100, self.num_pools, 4, max_blocks, MAX_NUM_SEQS)
+        run(operator, [integers([1]), integers([1, 1]), state, *(part.view(torch.int64) for part in parts)])
+
+
+def write_and_attend(
+    model: Model, pool: CutPool, query_lens: list[int], seq_lens: list[int], layer: int, seed: int
+) -> None:
+    """One layer of a step over random tables, both operators, against the specification."""
+    rng = np.random.default_rng(seed)
+    state = new_state(pool.num_blocks)
+    pool.begin(state, pool.num_blocks)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
 
-    pool = random(num_blocks, layers, 2, kv_heads, block_size, head_dim)
-    pool[0] = 0.0
-    pool.view(-1).view(torch.int64)[0] = num_blocks
-    tables = torch.zeros(4, 8, dtype=torch.int32)
-    order = rng.permutation(np.arange(1, num_blocks))
-    for i, (first, count) in enumerate([(0, 7), (7, 2), (9, 1), (10, 3)]):
-        tables[i, :count] = integers(order[first : first + count].tolist())
-    positions = torch.cat(
-        [torch.arange(s - q, s, dtype=torch.int32) for q, s in zip(query_lens, seq_lens, strict=True)]
-    )
-    row = torch.repeat_interleave(torch.arange(4), torch.tensor(query_lens))
-    slots = tables[row, positions.long() // block_size] * block_size + positions % block_size
+    half = model.head_dim // 2
+    order = rng.permutation(np.arange(1, pool.num_blocks)).astype(np.int32)
+    need = [-(-length // model.block_size) for length in seq_lens]
+    assert sum(need) <= len(order)
+    tables = torch.zeros(len(seq_lens), max(need) + 1, dtype=torch.int32)
+    for i, n in enumerate(need):
+        tables[i, :n] = torch.from_numpy(order[sum(need[:i]) :][:n])
+    pairs = list(zip(query_lens, seq_lens, strict=True))
+    positions = torch.cat([torch.arange(s - q, s, dtype=torch.int32) for q, s in pairs])
+    row = torch.repeat_interleave(torch.arange(len(query_lens)), torch.tensor(query_lens))
+    slots = tables[row, positions.long() // model.block_size] * model.block_size
+    slots = slots + positions % model.block_size
     starts, lengths = integers([0, *np.cumsum(query_lens)]), integers(seq_lens)
-    cosine, sine = random(64, head_dim // 2), random(64, head_dim // 2)
-    qkv = random(tokens, (heads + 2 * kv_heads) * head_dim)
+    cosine, sine = random(MAX_POSITIONS, half), random(MAX_POSITIONS, half)
+    qkv = random(sum(query_lens), (model.heads + 2 * model.kv_heads) * model.head_dim)
 
-    expected_pool = pool.clone()
-    split = torch.split(qkv.view(tokens, -1, head_dim), [heads, kv_heads, kv_heads], dim=1)
+    expected_pool = pool.content()
+    heads = [model.heads, model.kv_heads, model.kv_heads]
+    split = torch.split(qkv.view(len(positions), -1, model.head_dim), heads, dim=1)
     cos, sin = cosine[positions.long(), None], sine[positions.long(), None]
     query, key = (
-        torch.cat((x[..., :8] * cos - x[..., 8:] * sin, x[..., 8:] * cos + x[..., :8] * sin), -1).flatten(1)
+        torch.cat(
+            (x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1
+        ).flatten(1)
         for x in split[:2]
     )
     expected, _, _ = paged_attention_in_place(
         query, key, split[2].flatten(1), expected_pool[:, layer, 0], expected_pool[:, layer, 1],
-        slots, tables, starts, lengths, 0.3, heads, kv_heads, 0,
+        slots, tables, starts, lengths, 0.3, model.heads, model.kv_heads, model.window,
     )  # fmt: skip
 
-    layout = (layer, layers, heads, kv_heads, head_dim, block_size, num_blocks)
+    before = pool.buffer.clone()
     table = torch.cat([cosine, sine], dim=1)
-    (rotated,) = run(
-        KvWrite(*layout, max_positions=64, head_normed=0, epsilon=0.0),
-        [qkv, table, positions, slots, qkv, pool],
-    )
+    (rotated,) = run(kv_write(model, pool, layer), [qkv, table, positions, slots, qkv, pool.parts[0], state])
     torch.testing.assert_close(rotated.flatten(1), query, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(pool[1:], expected_pool[1:], atol=1e-6, rtol=1e-5)
-    attend = PagedAttend(*layout, window=0, scale=0.3, tile_rows=tile_rows)
-    attended = run(attend, [rotated, tables, starts, lengths, pool])[0]
-    torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pool.content(), expected_pool, atol=1e-6, rtol=1e-5)
+    written = len(positions) * 2 * model.kv_heads * model.head_dim
+    assert int((pool.buffer != before).sum()) <= written, "something besides the step's slots changed"
+    attended = run(paged_attend(model, pool, layer), [rotated, tables, starts, lengths, pool.parts[0], state])
+    torch.testing.assert_close(attended[0], expected, atol=1e-5, rtol=1e-4)
+    assert not counters(state).any(), "a counter was left behind"
+
+
+def kv_write(model: Model, pool: CutPool, layer: int) -> KvWrite:
+    return KvWrite(
+        layer, model.layers, model.heads, model.kv_heads, model.head_dim, model.block_size, pool.num_blocks,
+        pool.num_pools, pool.per_pool, max_positions=MAX_POSITIONS, head_normed=0, epsilon=0.0,
+    )  # fmt: skip
+
+
+def paged_attend(model: Model, pool: CutPool, layer: int) -> PagedAttend:
+    return PagedAttend(
+        layer, model.layers, model.heads, model.kv_heads, model.head_dim, model.block_size, pool.num_blocks,
+        pool.num_pools, pool.per_pool, kv_element_bytes=4, window=model.window, scale=0.3,
+    )  # fmt: skip
+
+
+STEPS = {
+    "decode rows and chunks": (Model(6, 2, 16, 8), 1, [1, 11, 1, 3], [50, 11, 1, 20]),
+    "a pool in three parts": (Model(6, 2, 16, 8), 3, [1, 11, 1, 3], [50, 11, 1, 20]),
+    "a pool in all parts": (Model(2, 1, 16, 8, layers=1), MAX_POOLS, [1, 1], [200, 30]),
+    "no grouped heads": (Model(2, 2, 16, 16), 2, [1, 70], [150, 80]),
+    "a group of seven": (Model(7, 1, 16, 16), 1, [1, 30], [230, 40]),
+    "a window": (Model(4, 2, 16, 8, window=12), 2, [1, 30], [150, 80]),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_write_and_attend_are_rope_and_paged_attention(name: str) -> None:
+    model, num_pools, query_lens, seq_lens = STEPS[name]
+    pool = CutPool(model, 48, num_pools, len(name))
+    write_and_attend(model, pool, query_lens, seq_lens, model.layers - 1, len(name))
+
+
+def test_write_and_attend_over_random_steps() -> None:
+    rng = np.random.default_rng(11)
+    for seed in range(4):
+        group, kv_heads = int(rng.integers(1, 6)), int(rng.integers(1, 3))
+        model = Model(group * kv_heads, kv_heads, 16, 8, 1, window=int(rng.choice([0, 0, 20])))
+        seqs = int(rng.integers(1, 5))
+        query_lens = [int(n) for n in np.where(rng.random(seqs) < 0.5, 1, rng.integers(1, 30, seqs))]
+        seq_lens = [int(q + rng.integers(0, 90)) for q in query_lens]
+        pool = CutPool(model, 64, int(rng.integers(1, 5)), seed)
+        write_and_attend(model, pool, query_lens, seq_lens, 0, seed)
+
+
+def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else() -> None:
+    """Zeros, any 32-bit numbers, and numbers near the valid ones, in every integer input at once."""
+    rng = np.random.default_rng(12)
+    model = Model(4, 2, 16, 8, layers=1)
+    most = 2**31 - 1
+    for attempt in range(12):
+        pool = CutPool(model, 12, 1 + attempt % 3, attempt)
+        state = new_state(12)
+        pool.begin(state, 12)
+        if attempt % 4 == 0:
+            state[0] = int(rng.choice([0, -5, 2**62]))
+        seqs, tokens, blocks = 3, 9, 4
+        draw = [
+            lambda shape: torch.zeros(shape, dtype=torch.int32),
+            lambda shape: torch.from_numpy(rng.integers(-most, most, shape).astype(np.int32)),
+            lambda shape: torch.from_numpy(rng.integers(-3, 15, shape).astype(np.int32)),
+        ][attempt % 3]
+        qkv, table = torch.ones(tokens, 8 * 16), torch.ones(MAX_POSITIONS, 16)
+        before = pool.buffer.clone()
+        positions, slots = draw((tokens,)), draw((tokens,))
+        (rotated,) = run(kv_write(model, pool, 0), [qkv, table, positions, slots, qkv, pool.parts[0], state])
+        written = {s for s in slots.tolist() if 8 <= s < 12 * 8} if state[0] >= 12 else set()
+        changed = int((pool.buffer != before).sum())
+        assert changed <= len(written) * 2 * 2 * 16
+        assert bool(changed) == bool(written)
+        tables, starts, lengths = draw((seqs, blocks)), draw((seqs + 1,)), draw((seqs,))
+        attended = run(
+            paged_attend(model, pool, 0), [rotated, tables, starts, lengths, pool.parts[0], state]
+        )[0]
+        assert attended.shape == (tokens, 4 * 16)
+        assert not counters(state).any(), "a counter was left behind"
+        if state[0] <= 0:
+            assert not attended.nan_to_num().any(), "a pool without blocks was read"
 
 
 def test_scratch_and_counters_hold_every_split_step() -> None:
     """Partial results and counters have fixed sizes; no step of any shape may want more of them."""
-    for heads, kv_heads in ((32, 8), (28, 4), (4, 2), (64, 8), (8, 8)):
-        for tile_rows in (16, 64):
-            attend = PagedAttend(0, 1, heads, kv_heads, 64, 16, 100, 0, 0.125, tile_rows)
-            for seqs in (1, 2, 3, 7, 31, 200):
-                for tokens in (seqs, seqs + 1, seqs + 13, seqs + 700):
-                    shapes = [(tokens, heads, 64), (seqs, 9), (seqs + 1,), (seqs,), (1,)]
-                    _, (partial_out, _), _ = attend.outputs(shapes)
-                    tiles, _, splits = attend.launch(shapes, PlainArithmetic()).grid
-                    if splits > 1:
-                        assert tokens * splits <= partial_out[0]
-                        assert 4 * (16 + tiles * kv_heads) <= 1024
+    for heads, kv_heads in ((32, 8), (28, 4), (4, 2), (64, 8), (32, 32), (40, 40), (8, 1), (71, 1)):
+        attend = PagedAttend(0, 1, heads, kv_heads, 64, 16, 100, 1, 100, 2, 0, 0.125)
+        for seqs in (1, 2, 3, 7, 16, 31, 64, 200, 512, 1024):
+            for tokens in (seqs, seqs + 1, seqs + 13, seqs + 100, seqs + 700):
+                shapes = [(tokens, heads, 64), (seqs, 9), (seqs + 1,), (seqs,), (1,), (1,)]
+                _, (partial_out, _), _ = attend.outputs(shapes)
+                launch = attend.launch(shapes, PlainArithmetic())
+                tiles, _, splits = launch.grid
+                assert 1 <= launch.integers[4] <= splits <= launch.constants["MAX_SPLITS"]
+                assert tiles >= max(seqs, tokens // (launch.constants["ROWS"] // (heads // kv_heads)))
+                if splits > 1:
+                    assert tokens * splits <= partial_out[0]
+                    assert tiles * kv_heads <= NUM_COUNTERS
+
+
+def begin_step(
+    state: torch.Tensor, ids: list[int], step: list[int], *, num_pools: int = 1, max_blocks: int = 50
+) -> tuple[list[int], list[int], list[int]]:
+    pools = [torch.zeros(100, dtype=torch.int64) for _ in range(num_pools)]
+    pools += pools[:1] * (MAX_POOLS - num_pools)
+    operator = StepBegin(100, num_pools, 2, max_blocks, MAX_NUM_SEQS)
+    outputs = run(operator, [integers(ids), integers(step), state, *pools])
+    if num_pools > 1:
+        offsets = state[POOL_OFFSETS_BYTE // 8 :][:num_pools].tolist()
+        first = pools[0].data_ptr()
+        later = [(pool.data_ptr() + POOL_HEADER_BYTES - first) // 2 for pool in pools[1:num_pools]]
+        assert offsets == [0, *later]
+    return outputs[0].tolist(), outputs[1].tolist(), outputs[2].tolist()
+
+
+def test_step_begin_takes_the_tokens_of_the_step_before() -> None:
+    state = new_state(20)
+    sampled = state.view(torch.int32)[SAMPLED_IDS_BYTE // 4 :][:MAX_NUM_SEQS]
+    sampled[:] = integers([40, 41, 42, 43, 44, 45, -1, 100])
+    ids, _, _ = begin_step(state, [5, -1, 99, -3, -7, -8, 100, 2**31 - 1, -(2**31), -9], [1, 1])
+    assert ids == [5, 40, 99, 42, 0, 99, 99, 99, 99, 99]
+    many = list(range(90)) + [-1] * 200
+    assert begin_step(state, many, [1, 1])[0] == list(range(90)) + [40] * 200
+    assert sampled.tolist() == [40, 41, 42, 43, 44, 45, -1, 100]
+
+
+def test_step_begin_gives_a_new_pool_its_epoch_once() -> None:
+    state = new_state(20)
+    assert begin_step(state, [1], [0, 0]) == ([1], [20, 0], [0])  # a host that tries the plan on zeros
+    assert begin_step(state, [1], [7, 1234]) == ([1], [20, 1234], [7])
+    assert begin_step(state, [1], [8, 999]) == ([1], [20, 1234], [8])
+    assert int(state.view(torch.int32)[EPOCH_BYTE // 4]) == 1234
+    assert not counters(state).any()
+
+
+def test_step_begin_believes_no_pool_larger_than_the_plans() -> None:
+    for given, believed in ((50, 50), (51, 50), (2**40, 50), (0, 0), (-3, 0)):
+        assert begin_step(new_state(given), [1], [1, 5])[1] == [believed, 5]
+
+
+@pytest.mark.parametrize("num_pools", [2, 5, MAX_POOLS])
+def test_step_begin_notes_where_the_parts_of_the_pool_are(num_pools: int) -> None:
+    begin_step(new_state(20), [1], [1, 1], num_pools=num_pools)
