@@ -274,11 +274,15 @@ def profile(
 
 
 @app.command(short_help="Check that everything is here and fits together.")
-def doctor() -> None:
+def doctor(
+    repository: Annotated[
+        Path | None, typer.Argument(help="Model repository that is to be served here.")
+    ] = None,
+) -> None:
     """Check that everything serving needs is here and fits together."""
     from quire.doctor import examine, show
 
-    findings = examine()
+    findings = examine(repository)
     show(findings, Console())
     if any(finding.remedy for finding in findings):
         raise typer.Exit(1)

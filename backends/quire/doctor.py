@@ -13,13 +13,16 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from quire import __version__
-from quire.errors import StartupError
+from quire import __version__, gpu_chain
+from quire.errors import ManifestError, StartupError
+from quire.execution.manifest import Manifest, read_manifest
+from quire.gpu_chain import Finding
+from quire.interface import EnginePlacement
 from quire.launcher.installation import backend_directory, find_triton
 from quire.launcher.plan import SHM_DIR
 
@@ -31,18 +34,13 @@ SERVING_PACKAGES = ("msgspec", "pyzmq", "tokenizers", "tritonclient")
 BUILD_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
+def examine(repository: Path | None = None) -> list[Finding]:
+    """Look at everything. No server has to run and nothing is changed but the cache of backends.
 
-    subject: str
-    state: str
-    remedy: str = ""
-    """What to do; empty where nothing has to be done."""
-
-
-def examine() -> list[Finding]:
-    """Look at everything. No server has to run and nothing is changed but the cache of backends."""
+    Args:
+        repository: model repository that is to be served here; its engine is held against what is installed.
+    """
+    engine = _Engine(repository)
     return [
         Finding("quire", __version__),
         *_python(),
@@ -50,10 +48,33 @@ def examine() -> list[Finding]:
         *(_package(name, f"pip install {name}") for name in SERVING_PACKAGES),
         _openvino(),
         *_build_packages(),
+        *engine.findings,
+        *gpu_chain.examine_chain(gpu_chain.look(), engine.plan),
         _shared_memory(),
         Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"),
         Finding("memory", f"{_free_memory_bytes() >> 20} MiB free"),
     ]
+
+
+class _Engine:
+    """The engine of a repository: what is wrong with its manifest, and the manifest if it is of a plan."""
+
+    def __init__(self, repository: Path | None) -> None:
+        self.findings: list[Finding] = []
+        self.plan: Manifest | None = None
+        if repository is None:
+            return
+        directories = [repository / placement.engine_owner / "1" for placement in EnginePlacement]
+        directory = next((found for found in directories if (found / "engine.json").exists()), directories[0])
+        try:
+            manifest = read_manifest(directory)
+        except ManifestError as error:
+            self.findings.append(Finding("engine", "not usable", str(error)))
+            return
+        state = f"{manifest.precision}, for {manifest.runtime} {manifest.runtime_version}"
+        self.findings.append(Finding("engine", state))
+        if manifest.plan is not None:
+            self.plan = manifest
 
 
 def show(findings: list[Finding], console: Console) -> None:

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from quire import doctor
 from quire.cli import app
-from quire.doctor import Finding, examine, show
+from quire.doctor import examine, show
+from quire.gpu_chain import Finding
 
 
 @pytest.fixture(autouse=True)
