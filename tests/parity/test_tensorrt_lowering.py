@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ pytest.importorskip("triton")
 from tests.parity.test_tensorrt_operators import run
 
 from quire.errors import UnsupportedModelError
+from quire.execution.engine_state import MAX_POOLS, engine_state_elements
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig, RopeConfig
 from quire_build.export import GRAPH_FILE, export_onnx
@@ -77,40 +79,73 @@ class PagedAttention(OpRun):
         return tuple(tensor.numpy() for tensor in result)
 
 
+def run_node(
+    kind: type[operators.Operator],
+    node: onnx.NodeProto,
+    inputs: Sequence[Array | None],
+    attributes: dict[str, Any],
+) -> tuple[Array, ...]:
+    """Run one of our operators on float32; `inputs` are the node's, and what a plan adds to them."""
+    flags = {"normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0}
+    values = flags | POOL_OF_ONE | attributes
+    # The evaluator hands in numpy scalars.
+    types = get_type_hints(kind)
+    own = {field.name: types[field.name](values[field.name]) for field in fields(kind)}  # type: ignore[arg-type]
+    first = next(array for array in inputs if array is not None)
+    given = [torch.from_numpy(first if array is None else array) for array in inputs]
+    outputs = run(kind(**own), given)
+    return tuple(tensor.numpy() for tensor in outputs[: len(node.output)])
+
+
+POOL_OF_ONE = {
+    "max_blocks": NUM_BLOCKS, "num_pools": 1, "blocks_per_pool": NUM_BLOCKS, "max_num_seqs": 8,
+    "kv_element_bytes": 4, "prefetch_bytes": 0,
+}  # fmt: skip
+
+
+def new_state() -> Array:
+    state = np.zeros(engine_state_elements(8), np.int64)
+    state[0] = NUM_BLOCKS
+    return state
+
+
+class StepBegin(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array, **attributes: Any) -> tuple[Array, ...]:
+        pools = [np.zeros(1, np.int64)] * MAX_POOLS
+        return run_node(operators.StepBegin, self.onnx_node, [*inputs[:3], *pools], attributes)
+
+
 class KvWrite(OpRun):
     op_domain = "quire"
 
     def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
-        attributes["epsilon"] = float(attributes["epsilon"])  # the evaluator hands in a numpy scalar
-        operator = operators.KvWrite(**attributes, max_blocks=NUM_BLOCKS)
-        assert inputs[0] is not None
-        given = [torch.from_numpy(inputs[0] if array is None else array) for array in inputs]
-        return (run(operator, given)[0].numpy(),)
+        return run_node(operators.KvWrite, self.onnx_node, [*inputs, new_state()], attributes)
 
 
 class PagedAttend(OpRun):
     op_domain = "quire"
 
     def _run(self, *inputs: Array, **attributes: Any) -> tuple[Array, ...]:
-        operator = operators.PagedAttend(**attributes, max_blocks=NUM_BLOCKS, tile_rows=16)
-        return (run(operator, [torch.from_numpy(array) for array in inputs])[0].numpy(),)
+        return run_node(operators.PagedAttend, self.onnx_node, [*inputs, new_state()], attributes)
 
 
 class Linear(OpRun):
     op_domain = "quire"
 
     def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
-        flags = {"normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0} | attributes
-        flags["epsilon"] = float(flags["epsilon"])
-        tiles = {"splits": 2, "block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}
-        given = [None if array is None else torch.from_numpy(array) for array in inputs]
-        assert given[0] is not None
-        pool, fill = torch.zeros(512), given[0]
-        outputs = run(operators.Linear(**flags, **tiles), [*(fill if t is None else t for t in given), pool])
-        return tuple(tensor.numpy() for tensor in outputs[: len(self.onnx_node.output)])
+        return run_node(operators.Linear, self.onnx_node, [*inputs, new_state(), None], attributes)
 
 
-OPERATORS = [PagedAttention, KvWrite, PagedAttend, Linear]
+class Sample(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array, **attributes: Any) -> tuple[Array, ...]:
+        return run_node(operators.Sample, self.onnx_node, inputs, attributes)
+
+
+OPERATORS = [PagedAttention, StepBegin, KvWrite, PagedAttend, Linear, Sample]
 
 
 def step() -> dict[str, Array]:
@@ -132,20 +167,21 @@ def step() -> dict[str, Array]:
     for layer in range(2):
         inputs[f"key_cache.{layer}"], inputs[f"value_cache.{layer}"] = pool[:, layer, 0], pool[:, layer, 1]
     inputs["kv_cache"] = pool
+    inputs["step"], inputs["engine_state"] = np.array([5, 77], np.int32), new_state()
+    inputs["sampling"] = np.zeros((3, 5), np.float32)
     return inputs
 
 
-def logits(model: onnx.ModelProto) -> Array:
+def evaluate(model: onnx.ModelProto, *outputs: str) -> list[Array]:
     inputs = step()
-    pool = inputs["kv_cache"]
     given = {str(i.name): np.ascontiguousarray(inputs[i.name]) for i in model.graph.input}
-    if "kv_cache" in given:
-        pool.reshape(-1).view(np.int64)[0] = NUM_BLOCKS
-        given["kv_cache"] = pool
-    evaluator = ReferenceEvaluator(model, new_ops=OPERATORS)
-    outputs = evaluator.run(["logits"], given)
-    assert isinstance(outputs, list)
-    return np.asarray(outputs[0])
+    results = ReferenceEvaluator(model, new_ops=OPERATORS).run(list(outputs), given)
+    assert isinstance(results, list)
+    return [np.asarray(result) for result in results]
+
+
+def logits(model: onnx.ModelProto) -> Array:
+    return evaluate(model, "logits")[0]
 
 
 REWRITES: dict[str, tuple[Callable[[Graph], None], ...]] = {
@@ -169,16 +205,28 @@ def test_rewrite_keeps_the_logits(model: onnx.ModelProto, name: str) -> None:
     np.testing.assert_allclose(logits(rewritten), expected, atol=2e-4, rtol=2e-4)
 
 
-def test_lowered_graph_has_six_operators_a_layer_and_one_pool(model: onnx.ModelProto) -> None:
+def test_lowered_graph_begins_and_samples_and_has_six_operators_a_layer(
+    model: onnx.ModelProto,
+) -> None:
     lowered = copy.deepcopy(model)
     lower(lowered)
     own = [node.op_type for node in lowered.graph.node if node.domain == "quire"]
-    assert own == ["Linear", "KvWrite", "PagedAttend", "Linear", "Linear", "Linear"] * 2 + ["Linear"]
+    layer = ["Linear", "KvWrite", "PagedAttend", "Linear", "Linear", "Linear"]
+    assert own == ["StepBegin", *layer, *layer, "Linear", "Sample"]
     assert {node.op_type for node in lowered.graph.node if node.domain == ""} <= {
         "Gather", "Concat", "Mul", "Reshape", "ReduceSum", "Cast",
     }  # fmt: skip
     assert [given.name for given in lowered.graph.input if "cache" in given.name] == ["kv_cache"]
-    assert [made.name for made in lowered.graph.output] == ["logits"]
+    assert [made.name for made in lowered.graph.output] == ["logits", "sampled_ids", "pool_info", "step_done"]
+
+
+def test_a_step_ends_with_its_own_tokens(model: onnx.ModelProto) -> None:
+    lowered = copy.deepcopy(model)
+    lower(lowered)
+    expected = logits(model)
+    sampled, pool_info, step_done = evaluate(lowered, "sampled_ids", "pool_info", "step_done")
+    assert sampled.tolist() == expected.argmax(-1).tolist()
+    assert pool_info.tolist() == [NUM_BLOCKS, 77] and step_done.tolist() == [5]
 
 
 @pytest.mark.parametrize(

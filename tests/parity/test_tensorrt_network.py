@@ -1,4 +1,4 @@
-"""A lowered graph becomes the right TensorRT network, and its tiles fit what a plan can launch.
+"""A lowered graph becomes the right TensorRT network.
 
 TensorRT wants a GPU to build with, so a stand-in computes each layer with torch as it is added: what comes
 out at the marked output must be the model's logits.
@@ -10,7 +10,6 @@ import copy
 import ctypes
 import dataclasses
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -31,7 +30,7 @@ from tests.parity.test_tensorrt_operators import run
 
 from quire_build.tensorrt import operators
 from quire_build.tensorrt.lowering import lower
-from quire_build.tensorrt.network import NetworkWriter
+from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 
 __all__ = ["model"]  # a fixture
 
@@ -43,6 +42,7 @@ class Layer:
 
     def __init__(self, compute: Callable[[Layer], list[Tensor]]) -> None:
         self._compute, self._outputs = compute, list[Any]()
+        self.name = ""
         self.reshape_dims: tuple[int, ...] = ()
         self.zero_is_placeholder = True
 
@@ -59,6 +59,11 @@ class Network:
         self._given = given
         self.declared: dict[str, tuple[str, int]] = {}
         self.marked: dict[str, Tensor] = {}
+        self.plugins: list[Layer] = []
+
+    @property
+    def layer_names(self) -> list[str]:
+        return [layer.name for layer in self.plugins]
 
     def add_input(self, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
         self.declared[name] = (dtype, len(shape))
@@ -96,7 +101,8 @@ class Network:
 
     def add_plugin(self, plugin: Callable[[], list[Tensor]], *, aot: bool) -> Layer:
         assert aot
-        return Layer(lambda _: plugin())
+        self.plugins.append(Layer(lambda _: plugin()))
+        return self.plugins[-1]
 
     def mark_output(self, tensor: Any) -> None:
         self.marked[tensor.name] = tensor.value
@@ -136,42 +142,18 @@ def test_network_computes_the_models_logits(model: onnx.ModelProto) -> None:
     lowered = copy.deepcopy(model)
     lower(lowered)
     given = {name: torch.from_numpy(array) for name, array in step().items()}
-    given["kv_cache"].view(-1).view(torch.int64)[0] = NUM_BLOCKS
+    given["kv_cache.0"] = given.pop("kv_cache")
     network = Network(given)
-    writer = NetworkWriter(network, lowered, weights.__getitem__, dtype=torch.float32, max_blocks=NUM_BLOCKS)
-    writer.write()
-    assert network.declared["kv_cache"] == ("int64", 1)
-    assert network.declared["block_tables"] == ("int32", 2)
-    np.testing.assert_allclose(network.marked["logits"].numpy(), logits(model), atol=2e-4, rtol=2e-4)
-
-
-COMPILE_SCRIPT = """
-from quire_build.tensorrt.kernels.compiled import compile_kernel
-from quire_build.tensorrt.network import decode_tile
-from quire_build.tensorrt.operators import MODEL, Linear, PagedAttend, PlainArithmetic
-from dataclasses import asdict
-
-shapes = [(6144, 4096, 0), (4096, 4096, 0), (14336, 4096, 1), (4096, 14336, 0), (128256, 4096, 0)]
-operators = [
-    Linear(k=k, n=n, normed=1, epsilon=1e-5, gated=gated, biased=1, adds_residual=int(n <= k), wide_output=0,
-           **asdict(decode_tile(n, k, bool(gated))))
-    for n, k, gated in shapes
-]
-operators += [PagedAttend(0, 1, 32, 8, 128, 16, 100, 0, 0.1, rows) for rows in (16, 64)]
-for operator in operators:
-    launch = operator.launch([(3, 1), (3, 9)], PlainArithmetic())
-    types = {name: kind.replace(MODEL, "bf16") for name, kind in launch.types.items()}
-    compile_kernel(launch.kernel, types, launch.constants, arch=90,
-                   num_warps=launch.num_warps, num_stages=launch.num_stages)
-print("all fit")
-"""
-
-
-def test_every_tile_fits_the_shared_memory_that_a_plan_can_launch_with(tmp_path: object) -> None:
-    """`compile_kernel` refuses what does not. In a process of its own, without the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE_SCRIPT], env=environment, capture_output=True, text=True, check=False
+    pool = PoolLayout(max_blocks=NUM_BLOCKS, num_pools=1, blocks_per_pool=NUM_BLOCKS)
+    writer = NetworkWriter(
+        network, lowered, weights.__getitem__, dtype=torch.float32, pool=pool, max_num_seqs=8
     )
-    assert done.stdout == "all fit\n", done.stderr
+    writer.write()
+    assert network.declared["kv_cache.0"] == ("int64", 1)
+    assert network.declared["block_tables"] == ("int32", 2)
+    assert network.declared["sampling"] == ("float32", 2)
+    expected = logits(model)
+    np.testing.assert_allclose(network.marked["logits"].numpy(), expected, atol=2e-4, rtol=2e-4)
+    assert network.marked["sampled_ids"].tolist() == expected.argmax(-1).tolist()
+    assert network.marked["pool_info"].tolist() == [NUM_BLOCKS, 77]
+    assert "PagedAttend:" in "".join(network.layer_names)
