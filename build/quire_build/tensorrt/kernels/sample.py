@@ -20,32 +20,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MASS_UNIT = tl.constexpr(float(1 << 40))
+MASS_UNIT = tl.constexpr(float(1 << 38))
 """Mass of a candidate that is as likely as the best."""
+COUNT_BITS = tl.constexpr(12)
+"""Room for the count of copied candidates below their mass, which together fit an int64."""
+COUNT_MASK = tl.constexpr((1 << 12) - 1)
 LAST_KEY = tl.constexpr(0x7F800000)
 """Key of a token whose logit is minus infinity."""
 NEAR_KEY = tl.constexpr(0x40000000)
 """Key of the distance 2; with FAR_KEY, where the first pass measures."""
 FAR_KEY = tl.constexpr(0x41000000)
 """Key of the distance 8."""
-PASSES_BY_VALUE = tl.constexpr(5)
-"""Passes that divide an interval by distance; later ones divide by key, which is sure to end."""
+FARTHEST = tl.constexpr(64.0)
+"""Distance beyond which nothing has a mass."""
+STEPS_BY_DISTANCE = tl.constexpr(12)
+"""Halvings of an interval by distance; candidates are spread more evenly over it than over keys."""
 SAMPLING_WIDTH = tl.constexpr(5)
 
 
 @triton.jit
-def _keys(row_logits, token, best, inverse_temperature, VOCAB_SIZE: tl.constexpr):
-    """Distances of some tokens below the best, and the same as keys; infinite outside the vocabulary."""
-    logit = tl.load(row_logits + token, mask=token < VOCAB_SIZE, other=float("-inf"))
-    distance = (best - logit) * inverse_temperature
-    return distance, distance.to(tl.int32, bitcast=True)
+def _load(row_logits, token, OTHER: tl.constexpr, VOCAB_SIZE: tl.constexpr):
+    """Logits of some tokens, OTHER outside the vocabulary."""
+    return tl.load(row_logits + token, mask=token < VOCAB_SIZE, other=OTHER)
 
 
 @triton.jit
 def _measure(
     row_logits, best, inverse_temperature, first, second, third, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Count and mass of the tokens up to each of three keys."""
+    """Count and mass of the tokens up to each of three keys, of which only the first may be LAST_KEY."""
     # A slot sees at most one token in each block: its three counts share an integer.
     tl.static_assert(VOCAB_SIZE // BLOCK < 1023)
     counts = tl.zeros([BLOCK], tl.int32)
@@ -53,10 +56,11 @@ def _measure(
     second_mass = tl.zeros([BLOCK], tl.float32)
     third_mass = tl.zeros([BLOCK], tl.float32)
     slot = tl.arange(0, BLOCK)
+    logit = _load(row_logits, slot, float("-inf"), VOCAB_SIZE)
     for start in range(0, VOCAB_SIZE, BLOCK):
-        token = start + slot
-        distance, key = _keys(row_logits, token, best, inverse_temperature, VOCAB_SIZE)
-        key = tl.where(token < VOCAB_SIZE, key, LAST_KEY + 1)
+        following = _load(row_logits, start + BLOCK + slot, float("-inf"), VOCAB_SIZE)
+        distance = (best - logit) * inverse_temperature
+        key = distance.to(tl.int32, bitcast=True)
         weight = tl.exp(-distance)
         counts += tl.where(key <= first, 1, 0)
         counts += tl.where(key <= second, 1 << 10, 0)
@@ -64,8 +68,10 @@ def _measure(
         first_mass += tl.where(key <= first, weight, 0.0)
         second_mass += tl.where(key <= second, weight, 0.0)
         third_mass += tl.where(key <= third, weight, 0.0)
+        logit = following
+    first_count = tl.sum(counts & 1023)
     return (
-        tl.sum(counts & 1023).to(tl.int64),
+        tl.where(first == LAST_KEY, VOCAB_SIZE, first_count).to(tl.int64),
         tl.sum((counts >> 10) & 1023).to(tl.int64),
         tl.sum(counts >> 20).to(tl.int64),
         tl.sum((first_mass * MASS_UNIT).to(tl.int64)),
@@ -86,19 +92,40 @@ def _copy_candidates(
     BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """Copy the tokens whose key is in (above, last] out, by ascending id: keys, then CAPACITY on the ids."""
+    """Copy the tokens whose key is in (above, last] out: their keys, then CAPACITY on their ids.
+
+    First each slot counts its own; then it knows where they go, and no slot waits for another.
+    """
     slot = tl.arange(0, BLOCK)
-    copied = 0
+    held = tl.zeros([BLOCK], tl.int32)
+    logit = _load(row_logits, slot, float("inf"), VOCAB_SIZE)  # whose distance has a negative key
     for start in range(0, VOCAB_SIZE, BLOCK):
-        token = start + slot
-        _, key = _keys(row_logits, token, best, inverse_temperature, VOCAB_SIZE)
-        chosen = (key > above) & (key <= last) & (token < VOCAB_SIZE)
-        place = copied + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        chosen = chosen & (place < CAPACITY)
+        following = _load(row_logits, start + BLOCK + slot, float("inf"), VOCAB_SIZE)
+        key = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True)
+        held += tl.where((key > above) & (key <= last), 1, 0)
+        logit = following
+    place = tl.cumsum(held, 0) - held
+    logit = _load(row_logits, slot, float("inf"), VOCAB_SIZE)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        following = _load(row_logits, start + BLOCK + slot, float("inf"), VOCAB_SIZE)
+        key = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True)
+        chosen = (key > above) & (key <= last) & (place < CAPACITY)
         tl.store(candidates + place, key, mask=chosen)
-        tl.store(candidates + CAPACITY + place, token, mask=chosen)
-        copied += tl.sum(chosen.to(tl.int32))
+        tl.store(candidates + CAPACITY + place, start + slot, mask=chosen)
+        place += tl.where(chosen, 1, 0)
+        logit = following
     tl.debug_barrier()  # what some threads wrote, others read
+
+
+@triton.jit
+def _middle(above, last, steps):
+    """A key inside (above, last): halfway by distance at first, later by key, which is sure to end."""
+    middle = above + (last - above) // 2
+    if steps < STEPS_BY_DISTANCE:
+        begin = tl.maximum(above, 0).to(tl.float32, bitcast=True)
+        end = tl.minimum(last.to(tl.float32, bitcast=True), FARTHEST)
+        middle = (0.5 * (begin + end)).to(tl.int32, bitcast=True)
+    return tl.minimum(tl.maximum(middle, above + 1), last - 1)
 
 
 @triton.jit
@@ -112,8 +139,8 @@ def _nth_of_key(
     found = VOCAB_SIZE
     while (start < VOCAB_SIZE) & (found == VOCAB_SIZE):
         token = start + slot
-        _, other = _keys(row_logits, token, best, inverse_temperature, VOCAB_SIZE)
-        equal = (other == key) & (token < VOCAB_SIZE)
+        logit = _load(row_logits, token, float("inf"), VOCAB_SIZE)
+        equal = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True) == key
         here = tl.cumsum(equal.to(tl.int32), 0)
         found = tl.min(tl.where(equal & (seen + here == nth + 1), token, VOCAB_SIZE))
         seen += tl.sum(equal.to(tl.int32))
@@ -203,18 +230,9 @@ def _draw(
             if not found_copied:
                 passes = 0
                 while (last - above > 1) & (count - above_count > CAPACITY):
-                    quarter = tl.maximum((last - above) // 4, 1)
-                    first, second, third = above + quarter, above + 2 * quarter, above + 3 * quarter
-                    if passes < PASSES_BY_VALUE:
-                        begin = tl.maximum(above, 0).to(tl.float32, bitcast=True)
-                        span = tl.minimum(last.to(tl.float32, bitcast=True), 64.0) - begin
-                        first = (begin + 0.25 * span).to(tl.int32, bitcast=True)
-                        second = (begin + 0.5 * span).to(tl.int32, bitcast=True)
-                        third = (begin + 0.75 * span).to(tl.int32, bitcast=True)
-                    # Strictly inside, whatever rounding and short intervals make of it.
-                    first = tl.minimum(tl.maximum(first, above + 1), last - 1)
-                    second = tl.minimum(tl.maximum(second, first), last - 1)
-                    third = tl.minimum(tl.maximum(third, second), last - 1)
+                    second = _middle(above, last, passes)
+                    first = tl.minimum(_middle(above, tl.maximum(second, above + 2), passes), second)
+                    third = tl.maximum(_middle(tl.minimum(second, last - 2), last, passes), second)
                     first_count, second_count, third_count, first_mass, second_mass, third_mass = _measure(
                         row_logits, best, inverse_temperature, first, second, third, VOCAB_SIZE, BLOCK
                     )
@@ -230,7 +248,7 @@ def _draw(
                                 last, count, mass = third, third_count, third_mass
                             else:
                                 above, above_count, above_mass = third, third_count, third_mass
-                    passes += 1
+                    passes += 2
                 if last - above > 1:
                     # Where there is room, with all that precede them: later stages look among those.
                     copied_above, before_copied_count, before_copied_mass = above, above_count, above_mass
@@ -254,17 +272,22 @@ def _draw(
                 )
                 weight = tl.exp(0.0 - tl.minimum(candidate, LAST_KEY).to(tl.float32, bitcast=True))
                 masses = (weight * MASS_UNIT).to(tl.int64)
-                measured = tl.where(by_count, 1, masses)
-                before_copied = tl.where(by_count, before_copied_count, before_copied_mass)
+                packed = tl.where(place < copied_count, (masses << COUNT_BITS) + 1, 0)
                 above = tl.maximum(above, copied_above)
-                while last - above > 1:
-                    middle = above + (last - above) // 2
-                    reached = before_copied + tl.sum(tl.where(candidate <= middle, measured, 0))
-                    if reached >= wanted:
-                        last = middle
+                above_count = tl.sum(tl.where(candidate <= above, 1, 0).to(tl.int64))
+                count = tl.sum(tl.where(candidate <= last, 1, 0).to(tl.int64))
+                steps = 0
+                while (last - above > 1) & (count - above_count > 1):
+                    middle = _middle(above, last, steps)
+                    reached = tl.sum(tl.where(candidate <= middle, packed, 0))
+                    reached_count = reached & COUNT_MASK
+                    reached_mass = before_copied_mass + (reached >> COUNT_BITS)
+                    if tl.where(by_count, before_copied_count + reached_count, reached_mass) >= wanted:
+                        last, count = middle, reached_count
                     else:
-                        above = middle
-                # Sums in another order may differ in their last bits, so that `last` itself is not a key.
+                        above, above_count = middle, reached_count
+                    steps += 1
+                # The one candidate that is left, or all those of one key.
                 key = tl.max(tl.where(candidate <= last, candidate, -1))
                 before_count = before_copied_count + tl.sum(tl.where(candidate < key, 1, 0).to(tl.int64))
                 before_mass = before_copied_mass + tl.sum(tl.where(candidate < key, masses, 0))
@@ -280,14 +303,23 @@ def _draw(
             last_key, last_count, last_mass = key, before_count + equal_count, before_mass + equal_count * each
             nth = equals - 1
 
-    drawn = VOCAB_SIZE
+    drawn = tl.full([], VOCAB_SIZE, tl.int32)
     if found_copied:
-        equal = tl.load(candidates + place, mask=place < copied_count, other=-1, cache_modifier=".cg") == last_key
-        here = tl.cumsum(equal.to(tl.int32), 0)
-        token = tl.load(
-            candidates + CAPACITY + place, mask=place < copied_count, other=VOCAB_SIZE, cache_modifier=".cg"
-        )
-        drawn = tl.min(tl.where(equal & (here == nth + 1), token, VOCAB_SIZE))
+        copied = place < copied_count
+        keys = tl.load(candidates + place, mask=copied, other=-1, cache_modifier=".cg")
+        ids = tl.load(candidates + CAPACITY + place, mask=copied, other=VOCAB_SIZE, cache_modifier=".cg")
+        ids = tl.where(keys == last_key, ids, VOCAB_SIZE)
+        drawn = tl.min(ids)
+        if nth > 0:
+            # Copied in no order: the smallest id up to which there are nth + 1 of them.
+            below = tl.full([], -1, tl.int32)
+            drawn = tl.full([], VOCAB_SIZE - 1, tl.int32)
+            while drawn - below > 1:
+                middle = (below + drawn) // 2
+                if tl.sum(tl.where(ids <= middle, 1, 0)) > nth:
+                    drawn = middle
+                else:
+                    below = middle
     else:
         drawn = _nth_of_key(row_logits, best, inverse_temperature, last_key, nth, VOCAB_SIZE, BLOCK)
     return tl.where((drawn >= 0) & (drawn < VOCAB_SIZE), drawn, best_id)
@@ -325,7 +357,7 @@ def sample(
         SAMPLED_IDS_OFFSET: of the sampled ids in engine_state, in int32; MAX_NUM_SEQS of them.
         MOST_SPLITS: a power of two, at most CAPACITY.
         BLOCK: tokens looked at together.
-        CAPACITY: candidates that are copied out, at most.
+        CAPACITY: candidates that are copied out, at most; less than 2**COUNT_BITS.
     """
     split = tl.program_id(0)
     row = tl.program_id(1)

@@ -13,7 +13,7 @@ from quire_build.tensorrt.operators.launch import Arithmetic, Launch, Shape, pow
 PROGRAMS_WANTED = 128
 """Programs look for the rows' best logits together until about this many run; a power of two."""
 BLOCK = 4096
-CAPACITY = 4096
+CAPACITY = 2048
 
 
 @dataclass(frozen=True)
