@@ -1,7 +1,7 @@
 """Calibration by NVIDIA ModelOpt: which absolute values a decoder's weights and activations reach.
 
 ModelOpt inserts its quantisers into a copy of the decoder and watches a calibration text go through; what it
-found is all that is taken from it. Its package is heavy and only needed here: `pip install 'quire[quantize]'`.
+found is all that is taken from it. Its package is heavy and only needed here.
 """
 
 from __future__ import annotations

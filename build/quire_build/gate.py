@@ -44,10 +44,10 @@ class Thresholds:
 
 THRESHOLDS: Mapping[Precision, Thresholds] = {
     "float32": Thresholds(1e-3, 1e-5, 1e-6, 0.99, 1.001, max_abs_logit_error=1e-3),
-    "bf16": Thresholds(0.2, 1e-3, 1e-3, 0.97, 1.01),
-    "fp16": Thresholds(0.05, 1e-3, 1e-4, 0.98, 1.005),
-    "int8": Thresholds(0.5, 1e-3, 5e-3, 0.95, 1.02),
-    "fp8": Thresholds(0.7, 1e-3, 2e-2, 0.9, 1.05),
+    "bf16": Thresholds(0.2, 1e-3, 1e-3, 0.8, 1.01),
+    "fp16": Thresholds(0.05, 1e-3, 1e-4, 0.95, 1.005),
+    "int8": Thresholds(0.5, 1e-3, 5e-3, 0.75, 1.02),
+    "fp8": Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05),
 }
 
 PROMPT_LENGTHS = (5, 70, 33, 128, 1, 64)

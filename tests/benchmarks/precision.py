@@ -1,7 +1,7 @@
 """What each precision costs a checkpoint, by the numerics gate's measures: the table of docs/precision.md.
 
-``python tests/benchmarks/precision.py [--checkpoint DIR]`` prints JSON. Every row is the torch module against the
-torch module, rounded as the row says; none is an engine. Calibration needs ``pip install 'quire[quantize]'``.
+``python tests/benchmarks/precision.py [--checkpoint DIR]`` prints JSON. Every row is the torch module against
+itself, rounded as the row says; none is an engine. Calibration needs ``pip install 'quire[quantize]'``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from quire_build.calibration import calibrate
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder import Decoder
 from quire_build.gate import compare, describe, read_tokens, text_workload
-from quire_build.quantization import Calibration, NarrowType, quantized_decoder, rounded_decoder
+from quire_build.quantization import (
+    Calibration,
+    NarrowType,
+    least_error_amax,
+    quantized_decoder,
+    quantized_linears,
+    rounded_decoder,
+)
 from quire_build.torch_executor import TorchExecutor
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "quire-small"
@@ -41,13 +48,21 @@ def sides(
     yield "fp16", "fp16", reference, (rounded_decoder(plain, torch.float16), torch.float16)
     for against, name in ((bf16, "bf16"), (reference, "float32")):
         for narrow in NARROW:
-            for activations in (False, True):
-                decoder = quantized_decoder(
-                    bf16[0], narrow, calibrations[narrow], activations=activations
-                )
-                what = "weights and activations" if activations else "weights"
-                yield f"{narrow} {what} against {name}", narrow, against, (decoder, torch.bfloat16)
-        yield f"fp8 KV against {name}", "fp8", against, (bf16[0], torch.float8_e4m3fn)
+            calibration = calibrations[narrow]
+            least_error = Calibration(
+                {name: least_error_amax(x.weight, narrow) for name, x in quantized_linears(plain).items()}
+            )
+            for what, decoder in (
+                ("weights", quantized_decoder(bf16[0], narrow, calibration)),
+                ("weights, least error", quantized_decoder(bf16[0], narrow, least_error)),
+                (
+                    "weights, inputs by tensor",
+                    quantized_decoder(bf16[0], narrow, calibration, inputs="tensor"),
+                ),
+                ("weights, inputs by token", quantized_decoder(bf16[0], narrow, calibration, inputs="token")),
+            ):
+                yield f"{narrow} {what}, against {name}", narrow, against, (decoder, torch.bfloat16)
+        yield f"fp8 KV, against {name}", "fp8", against, (bf16[0], torch.float8_e4m3fn)
 
 
 def main() -> None:
