@@ -51,7 +51,10 @@ class Prepared:
         self.ids, self._scratch = (
             torch.empty(shape, dtype=torch.int32, device="cuda") for shape, _ in operator.outputs(shapes)
         )
-        self._inputs, self._launch = (logits, sampling, self.state), operator.launch(shapes, PlainArithmetic())
+        self._inputs, self._launch = (
+            (logits, sampling, self.state),
+            operator.launch(shapes, PlainArithmetic()),
+        )
 
     def __call__(self) -> None:
         """Launch it on the current stream."""
@@ -123,7 +126,9 @@ def compare(results: Results, name: str, vocab_size: int, spread: float) -> None
 
 def main() -> None:
     """Measure and compare everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     results = Results(parser.parse_args().output)
     torch.manual_seed(1)

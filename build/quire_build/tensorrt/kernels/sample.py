@@ -35,6 +35,8 @@ FARTHEST = tl.constexpr(64.0)
 """Distance beyond which nothing has a mass."""
 STEPS_BY_DISTANCE = tl.constexpr(12)
 """Halvings of an interval by distance; candidates are spread more evenly over it than over keys."""
+STEPS_WITHOUT_EXTENT = tl.constexpr(8)
+"""Halvings of the interval in passes over the row, two in each, before ties are suspected."""
 SAMPLING_WIDTH = tl.constexpr(5)
 
 
@@ -57,8 +59,9 @@ def _measure(
     third_mass = tl.zeros([BLOCK], tl.float32)
     slot = tl.arange(0, BLOCK)
     logit = _load(row_logits, slot, float("-inf"), VOCAB_SIZE)
+    following = _load(row_logits, BLOCK + slot, float("-inf"), VOCAB_SIZE)
     for start in range(0, VOCAB_SIZE, BLOCK):
-        following = _load(row_logits, start + BLOCK + slot, float("-inf"), VOCAB_SIZE)
+        fetched = _load(row_logits, start + 2 * BLOCK + slot, float("-inf"), VOCAB_SIZE)
         distance = (best - logit) * inverse_temperature
         key = distance.to(tl.int32, bitcast=True)
         weight = tl.exp(-distance)
@@ -68,7 +71,7 @@ def _measure(
         first_mass += tl.where(key <= first, weight, 0.0)
         second_mass += tl.where(key <= second, weight, 0.0)
         third_mass += tl.where(key <= third, weight, 0.0)
-        logit = following
+        logit, following = following, fetched
     first_count = tl.sum(counts & 1023)
     return (
         tl.where(first == LAST_KEY, VOCAB_SIZE, first_count).to(tl.int64),
@@ -89,25 +92,25 @@ def _copy_candidates(
     last,
     candidates,
     VOCAB_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDE_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     """Copy the tokens whose key is in (above, last] out: their keys, then CAPACITY on their ids.
 
     First each slot counts its own; then it knows where they go, and no slot waits for another.
     """
-    slot = tl.arange(0, BLOCK)
-    held = tl.zeros([BLOCK], tl.int32)
+    slot = tl.arange(0, WIDE_BLOCK)
+    held = tl.zeros([WIDE_BLOCK], tl.int32)
     logit = _load(row_logits, slot, float("inf"), VOCAB_SIZE)  # whose distance has a negative key
-    for start in range(0, VOCAB_SIZE, BLOCK):
-        following = _load(row_logits, start + BLOCK + slot, float("inf"), VOCAB_SIZE)
+    for start in range(0, VOCAB_SIZE, WIDE_BLOCK):
+        following = _load(row_logits, start + WIDE_BLOCK + slot, float("inf"), VOCAB_SIZE)
         key = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True)
         held += tl.where((key > above) & (key <= last), 1, 0)
         logit = following
     place = tl.cumsum(held, 0) - held
     logit = _load(row_logits, slot, float("inf"), VOCAB_SIZE)
-    for start in range(0, VOCAB_SIZE, BLOCK):
-        following = _load(row_logits, start + BLOCK + slot, float("inf"), VOCAB_SIZE)
+    for start in range(0, VOCAB_SIZE, WIDE_BLOCK):
+        following = _load(row_logits, start + WIDE_BLOCK + slot, float("inf"), VOCAB_SIZE)
         key = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True)
         chosen = (key > above) & (key <= last) & (place < CAPACITY)
         tl.store(candidates + place, key, mask=chosen)
@@ -115,6 +118,25 @@ def _copy_candidates(
         place += tl.where(chosen, 1, 0)
         logit = following
     tl.debug_barrier()  # what some threads wrote, others read
+
+
+@triton.jit
+def _extent(
+    row_logits, best, inverse_temperature, above, last, VOCAB_SIZE: tl.constexpr, WIDE_BLOCK: tl.constexpr
+):
+    """The least and the greatest key in (above, last], where there is one."""
+    slot = tl.arange(0, WIDE_BLOCK)
+    least = tl.full([WIDE_BLOCK], LAST_KEY, tl.int32)
+    greatest = tl.full([WIDE_BLOCK], 0, tl.int32)
+    logit = _load(row_logits, slot, float("inf"), VOCAB_SIZE)
+    for start in range(0, VOCAB_SIZE, WIDE_BLOCK):
+        following = _load(row_logits, start + WIDE_BLOCK + slot, float("inf"), VOCAB_SIZE)
+        key = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True)
+        inside = (key > above) & (key <= last)
+        least = tl.minimum(least, tl.where(inside, key, LAST_KEY))
+        greatest = tl.maximum(greatest, tl.where(inside, key, 0))
+        logit = following
+    return tl.min(least), tl.max(greatest)
 
 
 @triton.jit
@@ -161,6 +183,7 @@ def _draw(
     candidates,
     VOCAB_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     """Draw a token of one row whose best logit is finite and whose inverse temperature is positive."""
@@ -230,24 +253,33 @@ def _draw(
             if not found_copied:
                 passes = 0
                 while (last - above > 1) & (count - above_count > CAPACITY):
-                    second = _middle(above, last, passes)
-                    first = tl.minimum(_middle(above, tl.maximum(second, above + 2), passes), second)
-                    third = tl.maximum(_middle(tl.minimum(second, last - 2), last, passes), second)
-                    first_count, second_count, third_count, first_mass, second_mass, third_mass = _measure(
-                        row_logits, best, inverse_temperature, first, second, third, VOCAB_SIZE, BLOCK
-                    )
-                    if tl.where(by_count, first_count, first_mass) >= wanted:
-                        last, count, mass = first, first_count, first_mass
-                    else:
-                        above, above_count, above_mass = first, first_count, first_mass
-                        if tl.where(by_count, second_count, second_mass) >= wanted:
-                            last, count, mass = second, second_count, second_mass
+                    if passes >= STEPS_WITHOUT_EXTENT:
+                        # So many in so short an interval have few keys, perhaps one.
+                        nearest, last = _extent(
+                            row_logits, best, inverse_temperature, above, last, VOCAB_SIZE, WIDE_BLOCK
+                        )
+                        above = nearest - 1
+                    if last - above > 1:
+                        second = _middle(above, last, passes)
+                        first = tl.minimum(_middle(above, tl.maximum(second, above + 2), passes), second)
+                        third = tl.maximum(_middle(tl.minimum(second, last - 2), last, passes), second)
+                        first_count, second_count, third_count, first_mass, second_mass, third_mass = (
+                            _measure(
+                                row_logits, best, inverse_temperature, first, second, third, VOCAB_SIZE, BLOCK
+                            )
+                        )
+                        if tl.where(by_count, first_count, first_mass) >= wanted:
+                            last, count, mass = first, first_count, first_mass
                         else:
-                            above, above_count, above_mass = second, second_count, second_mass
-                            if tl.where(by_count, third_count, third_mass) >= wanted:
-                                last, count, mass = third, third_count, third_mass
+                            above, above_count, above_mass = first, first_count, first_mass
+                            if tl.where(by_count, second_count, second_mass) >= wanted:
+                                last, count, mass = second, second_count, second_mass
                             else:
-                                above, above_count, above_mass = third, third_count, third_mass
+                                above, above_count, above_mass = second, second_count, second_mass
+                                if tl.where(by_count, third_count, third_mass) >= wanted:
+                                    last, count, mass = third, third_count, third_mass
+                                else:
+                                    above, above_count, above_mass = third, third_count, third_mass
                     passes += 2
                 if last - above > 1:
                     # Where there is room, with all that precede them: later stages look among those.
@@ -259,7 +291,7 @@ def _draw(
                     tl.debug_barrier()  # the candidates before are no longer read
                     _copy_candidates(
                         row_logits, best, inverse_temperature, copied_above, last, candidates,
-                        VOCAB_SIZE, BLOCK, CAPACITY,
+                        VOCAB_SIZE, WIDE_BLOCK, CAPACITY,
                     )  # fmt: skip
                     copied_count = count - before_copied_count
                     found_copied = True
@@ -300,7 +332,11 @@ def _draw(
             equals = tl.maximum(tl.minimum(equals, equal_count), 1)
             kept_count = tl.minimum(before_count + equals, kept_count)
             kept_mass = before_mass + equals * each
-            last_key, last_count, last_mass = key, before_count + equal_count, before_mass + equal_count * each
+            last_key, last_count, last_mass = (
+                key,
+                before_count + equal_count,
+                before_mass + equal_count * each,
+            )
             nth = equals - 1
 
     drawn = tl.full([], VOCAB_SIZE, tl.int32)
@@ -321,7 +357,7 @@ def _draw(
                 else:
                     below = middle
     else:
-        drawn = _nth_of_key(row_logits, best, inverse_temperature, last_key, nth, VOCAB_SIZE, BLOCK)
+        drawn = _nth_of_key(row_logits, best, inverse_temperature, last_key, nth, VOCAB_SIZE, WIDE_BLOCK)
     return tl.where((drawn >= 0) & (drawn < VOCAB_SIZE), drawn, best_id)
 
 
@@ -339,6 +375,7 @@ def sample(
     SAMPLED_IDS_OFFSET: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     """Choose the next token of one row, or help to find its best logit.
@@ -357,6 +394,7 @@ def sample(
         SAMPLED_IDS_OFFSET: of the sampled ids in engine_state, in int32; MAX_NUM_SEQS of them.
         MOST_SPLITS: a power of two, at most CAPACITY.
         BLOCK: tokens looked at together.
+        WIDE_BLOCK: the same where less is kept of each.
         CAPACITY: candidates that are copied out, at most; less than 2**COUNT_BITS.
     """
     split = tl.program_id(0)
@@ -420,6 +458,7 @@ def sample(
                 row_scratch,
                 VOCAB_SIZE,
                 BLOCK,
+                WIDE_BLOCK,
                 CAPACITY,
             )
     tl.store(sampled_ids + row, chosen)
