@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -147,6 +148,7 @@ def measure_eager_loops(results: Results, config: Mapping[str, Any]) -> dict[str
             eager=name, batch=BATCH, tokens_per_s=round(rates[name]), rounds_s=[round(s, 3) for s in times]
         )
         del generate
+        gc.collect()
         torch.cuda.empty_cache()
     return rates
 
