@@ -69,21 +69,6 @@ def quantize_weights(weight: Tensor, narrow: NarrowType, amax: Tensor | None = N
     return QuantizedWeight(_narrowed(weight / scales[:, None], narrow), scales)
 
 
-def least_error_amax(weight: Tensor, narrow: NarrowType) -> Tensor:
-    """For each output channel of a weight [n, k] the amax [n] with the least squared error.
-
-    Clipping the few largest numbers makes all others finer; between 70% and 100% of a channel's largest.
-    """
-    largest = weight.float().abs().amax(1)
-    best, best_error = largest, torch.full_like(largest, torch.inf)
-    for percent in range(100, 69, -1):
-        amax = largest * (percent / 100)
-        error = (quantize_weights(weight, narrow, amax).dequantized() - weight.float()).square().sum(1)
-        best = torch.where(error < best_error, amax, best)
-        best_error = torch.minimum(error, best_error)
-    return best
-
-
 def quantized_linears(decoder: Decoder) -> dict[str, nn.Linear]:
     """The linear layers that quantisation replaces, by their names in the decoder."""
     return {

@@ -23,9 +23,7 @@ from quire_build.gate import compare, describe, read_tokens, text_workload
 from quire_build.quantization import (
     Calibration,
     NarrowType,
-    least_error_amax,
     quantized_decoder,
-    quantized_linears,
     rounded_decoder,
 )
 from quire_build.torch_executor import TorchExecutor
@@ -49,12 +47,8 @@ def sides(
     for against, name in ((bf16, "bf16"), (reference, "float32")):
         for narrow in NARROW:
             calibration = calibrations[narrow]
-            least_error = Calibration(
-                {name: least_error_amax(x.weight, narrow) for name, x in quantized_linears(plain).items()}
-            )
             for what, decoder in (
                 ("weights", quantized_decoder(bf16[0], narrow, calibration)),
-                ("weights, least error", quantized_decoder(bf16[0], narrow, least_error)),
                 (
                     "weights, inputs by tensor",
                     quantized_decoder(bf16[0], narrow, calibration, inputs="tensor"),

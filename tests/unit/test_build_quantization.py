@@ -20,7 +20,6 @@ from quire_build.quantization import (
     LARGEST,
     Calibration,
     NarrowType,
-    least_error_amax,
     quantize_weights,
     quantized_decoder,
     quantized_linears,
@@ -57,7 +56,7 @@ def decoder() -> Decoder:
 
 
 def _tokens(count: int) -> list[int]:
-    return np.random.default_rng(2).integers(CONFIG.vocab_size, size=count).tolist()
+    return list(map(int, np.random.default_rng(2).integers(CONFIG.vocab_size, size=count)))
 
 
 def _input_amax(decoder: Decoder, amax: float) -> Calibration:
@@ -149,16 +148,6 @@ def test_each_token_can_have_a_scale_of_its_own(decoder: Decoder) -> None:
     rounded[:2, :2] = torch.tensor([[127.0, 3.0], [1.27, 0.03]])
     expected = torch.nn.functional.linear(rounded, linear.weight)
     torch.testing.assert_close(linear(seen), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_clipping_a_few_numbers_leaves_less_error_than_none() -> None:
-    torch.manual_seed(1)
-    weight = torch.randn(8, 4096)
-    errors = [
-        (quantize_weights(weight, "int8", amax).dequantized() - weight).square().sum(1)
-        for amax in (None, least_error_amax(weight, "int8"))
-    ]
-    assert torch.all(errors[1] <= errors[0]) and errors[1].sum() < errors[0].sum()
 
 
 def test_fewer_bits_cost_more(decoder: Decoder) -> None:
