@@ -31,7 +31,7 @@ from torch import Tensor
 
 from quire.execution.engine_state import NUM_COUNTERS, engine_state_elements
 from quire_build.tensorrt.kernels.compiled import MAX_SHARED_BYTES
-from quire_build.tensorrt.linear_tiles import LinearTile, tiles
+from quire_build.tensorrt.linear_tiles import LARGEST_SPLIT_TILE, LinearTile, tiles
 from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic
 
 HIDDEN, FFN, VOCABULARY = 4096, 14336, 128256
@@ -95,7 +95,7 @@ class Variant:
 def candidates(kind: str) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
     layer = KINDS[kind]
-    found = list(tiles(layer.n, layer.k, bool(layer.gated)))
+    found = list(tiles(layer.n, layer.k, bool(layer.gated), bool(layer.wide_output)))
     for programs in PROGRAMS:
         for block_m, block_n, block_k, num_warps, num_stages, *flags in (
             GATED_SHAPES if layer.gated else PLAIN_SHAPES
@@ -103,6 +103,8 @@ def candidates(kind: str) -> list[LinearTile]:
             columns = -(-layer.n // block_n)
             most = min(layer.k // (2 * block_k), 2 * NUM_COUNTERS // columns)
             splits = max(1, min(round(programs / columns), most))
+            if block_m * block_n * (1 + layer.gated) > LARGEST_SPLIT_TILE:
+                splits = 1
             tile = LinearTile(splits, block_m, block_n, block_k, num_warps, num_stages)
             tile = replace(tile, **dict.fromkeys(flags, True))
             if tile not in found:

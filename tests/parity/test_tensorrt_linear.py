@@ -78,9 +78,9 @@ def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int) -> None:
     """In the same state one after another, so that a counter left behind by one would spoil the next."""
-    layer = Linear(k=288, n=96, **(PLAIN | KINDS[kind]))
+    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind]))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    for tile in (*TILES, *tiles(layer.n, layer.k, bool(layer.gated))):
+    for tile in (*TILES, *tiles(layer.n, layer.k, bool(layer.gated), bool(layer.wide_output))):
         check(layer, rows, tile, state)
         assert not state.any(), f"{tile} left a counter behind"
 
@@ -138,13 +138,14 @@ PTX_SCRIPT = """
 from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
-flags = dict(epsilon=1e-5, biased=0, wide_output=0, prefetch_bytes=1 << 23)
+flags = dict(epsilon=1e-5, biased=1, prefetch_bytes=1 << 23)
 layers = [
-    Linear(k=4096, n=6144, normed=1, gated=0, adds_residual=0, **flags),
-    Linear(k=14336, n=4096, normed=0, gated=0, adds_residual=1, **flags),
-    Linear(k=4096, n=14336, normed=1, gated=1, adds_residual=0, **flags),
+    Linear(k=4096, n=6144, normed=1, gated=0, adds_residual=0, wide_output=0, **flags),
+    Linear(k=14336, n=4096, normed=0, gated=0, adds_residual=1, wide_output=0, **flags),
+    Linear(k=4096, n=14336, normed=1, gated=1, adds_residual=0, wide_output=0, **flags),
+    Linear(k=4096, n=128256, normed=1, gated=0, adds_residual=0, wide_output=1, **flags),
 ]
-for arch, some in ((80, layers[1:2]), (89, layers[1:2]), (90, layers)):
+for arch, some in ((80, layers[1:2]), (89, layers[2:3]), (90, layers)):
     for layer in some:
         for tactic in range(layer.num_tactics):
             launch = layer.launch([(64, layer.k)], PlainArithmetic(), tactic)

@@ -13,6 +13,9 @@ from quire.execution.engine_state import NUM_COUNTERS
 PROGRAMS_WANTED = 256
 """K is split until about this many programs run: two on nearly each of a Hopper GPU's 132 SMs."""
 
+LARGEST_SPLIT_TILE = 128 * 128
+"""Elements of the largest tile that is split: adding splits up wants registers besides the tile's own."""
+
 
 @dataclass(frozen=True)
 class LinearTile:
@@ -39,17 +42,36 @@ class LinearTile:
     ahead: bool = False
 
 
-def tiles(n: int, k: int, gated: bool) -> tuple[LinearTile, ...]:
-    """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first."""
-    narrow = n <= 4096
-    few = LinearTile(1, 16, 64 if narrow else 32, 128, 4, 3)
-    some = LinearTile(1, 64, 32 if gated else 64, 64, 4, 2)
-    many = LinearTile(1, 128, 64 if gated else 128, 32, 8, 2)
-    return tuple(_split(tile, n, k) for tile in (few, some, many))
+def tiles(n: int, k: int, gated: bool, wide_output: bool) -> tuple[LinearTile, ...]:
+    """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first.
+
+    All fit the shared memory that a plan's kernels have while weights and rows are of two bytes an element.
+    """
+    if gated:
+        found = [
+            LinearTile(1, 16, 32, 128, 4, 3),
+            LinearTile(1, 64, 32, 64, 4, 3),
+            LinearTile(1, 64, 64, 64, 4, 2),
+            LinearTile(1, 128, 64, 32, 8, 3),
+            LinearTile(1, 128, 128, 32, 8, 2),
+        ]
+    else:
+        few = LinearTile(1, 16, 64, 128, 4, 3) if n <= 4096 else LinearTile(1, 16, 32, 128, 4, 5)
+        found = [
+            few,
+            LinearTile(1, 64, 64, 64, 4, 3),
+            LinearTile(1, 64, 128, 64, 4, 2),
+            LinearTile(1, 128, 128, 32, 8, 3),
+        ]
+        if not wide_output:
+            found.append(LinearTile(1, 128, 256, 32, 8, 2))
+    return tuple(_split(tile, n, k, gated) for tile in found)
 
 
-def _split(tile: LinearTile, n: int, k: int) -> LinearTile:
-    """The tile with as many splits as it takes to fill the GPU, if k and the counters allow."""
+def _split(tile: LinearTile, n: int, k: int, gated: bool) -> LinearTile:
+    """The tile with as many splits as it takes to fill the GPU, if k, counters and registers allow."""
+    if tile.block_m * tile.block_n * (1 + gated) > LARGEST_SPLIT_TILE:
+        return tile
     columns = -(-n // tile.block_n)
     splits = min(PROGRAMS_WANTED // columns, k // (4 * tile.block_k), 2 * NUM_COUNTERS // columns)
     return replace(tile, splits=max(1, splits))

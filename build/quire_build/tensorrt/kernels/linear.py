@@ -311,7 +311,8 @@ def linear(
             place = tl.arange(0, BLOCK_M)[:, None] * N + n[None, :]
             PLANE: tl.constexpr = BLOCK_M * N * (2 if GATED else 1)
             # As many splits as leave room for what is read of them in registers.
-            AT_ONCE: tl.constexpr = SPLITS if SPLITS * BLOCK_M * BLOCK_N <= 8192 else 2
+            FEW: tl.constexpr = 2 if BLOCK_M * BLOCK_N < 8192 else 1
+            AT_ONCE: tl.constexpr = SPLITS if SPLITS * BLOCK_M * BLOCK_N <= 8192 else FEW
             planes = partial + row_tile * num_splits * PLANE
             _store_partial(planes + split * PLANE, acc, row_mask, column * BLOCK_N, N, BLOCK_M, BLOCK_N)
             if GATED:

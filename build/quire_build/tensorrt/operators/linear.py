@@ -48,7 +48,7 @@ class Linear:
 
     @property
     def _tiles(self) -> tuple[LinearTile, ...]:
-        return tiles(self.n, self.k, bool(self.gated))
+        return tiles(self.n, self.k, bool(self.gated), bool(self.wide_output))
 
     @property
     def num_tactics(self) -> int:
