@@ -127,6 +127,7 @@ def build_random_plan(
     precision: Precision | None = None,
     limits: EngineLimits = LIMITS,
     pool_bytes: int = 0,
+    prefetch_bytes: int = PREFETCH_BYTES,
 ) -> dict[str, float]:
     """Leave model.plan and engine.json in `directory`.
 
@@ -154,7 +155,7 @@ def build_random_plan(
         block_size=BLOCK_SIZE,
         kv_bytes_per_block=kv_bytes_per_block,
         pool_bytes=pool_bytes,
-        prefetch_bytes=PREFETCH_BYTES,
+        prefetch_bytes=prefetch_bytes,
     )
     weights = RandomWeights(config, limits.max_model_len, dtype)
     plan = build_plan(graph, weights, options, lambda line: print(line, flush=True))

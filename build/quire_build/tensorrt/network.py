@@ -1,7 +1,7 @@
 """A lowered graph as a TensorRT network.
 
-The graph says what is computed; what is decided here is in which type, for how large a pool, and which weight
-a linear layer fetches ahead.
+The graph says what is computed; what is decided here is in which type, for how large a pool, and what is
+fetched ahead: while attention reads little, memory would stand idle that the next weight is waiting in.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -59,7 +59,7 @@ class NetworkWriter:
         dtype: type of weights, activations and the pool.
         pool: how the pool will be bound.
         max_num_seqs: rows of logits in one step, at most.
-        prefetch_bytes: how much of the next layer's weight a linear layer fetches ahead.
+        prefetch_bytes: how much of the weight behind attention is fetched into the L2 cache before it.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class NetworkWriter:
         self._next_weight = {
             node.output[0]: following.input[1] for node, following in itertools.pairwise(linear)
         }
+        self._before_attention = {node.input[0] for node in self._graph.node if node.op_type == "KvWrite"}
 
     def write(self) -> None:
         """Add inputs, nodes and outputs.
@@ -205,8 +206,8 @@ class NetworkWriter:
     def _add_linear(self, node: NodeProto) -> None:
         x = self._tensor(node.input[0])
         inputs = [self._tensor(name) if name else x for name in node.input]
-        following = self._next_weight.get(node.output[0])
-        ahead = self._tensor(following) if following else x
+        fetches_ahead = node.output[0] in self._before_attention
+        ahead = self._tensor(self._next_weight[node.output[0]]) if fetches_ahead else x
         self._add_own(
             node,
             [*inputs, self._tensors[STATE], ahead],
@@ -215,7 +216,7 @@ class NetworkWriter:
             gated=0,
             adds_residual=0,
             wide_output=0,
-            prefetch_bytes=self._prefetch_bytes if following else 0,
+            prefetch_bytes=self._prefetch_bytes if fetches_ahead else 0,
         )
 
     def _add_sample(self, node: NodeProto) -> None:
