@@ -21,7 +21,7 @@ from quire_build.workload import Workload
 PLAN_FILE = "model.plan"
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
 PREFETCH_BYTES = 32 << 20
-"""Of the weight behind attention, fetched into the L2 cache before it; docs/tensorrt.md says what it gains."""
+"""Of the weight behind attention, fetched into the L2 cache before it; docs/tensorrt.md has the gain."""
 HOST_RESERVE_BYTES = 2 << 30
 """Left free beside weights and pool of a hosted plan for its activations, the server and CUDA itself."""
 OUTPUTS = ("logits", "sampled_ids", "pool_info", "step_done")
