@@ -6,7 +6,9 @@ found is all that is taken from it. Its package is heavy and only needed here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,11 +52,12 @@ def calibrate(
         for kind, axis in (("weight", 0), ("input", None)):
             cfg = {"num_bits": NUM_BITS[narrow], "axis": axis}
             quantizers.append({"quantizer_name": f"{name}.{kind}_quantizer", "cfg": cfg, "enable": True})
-    watched = quantization.quantize(
-        copy.deepcopy(decoder),
-        {"quant_cfg": quantizers, "algorithm": "max"},
-        lambda model: _read(model, config, token_ids),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # ModelOpt reports there
+        watched = quantization.quantize(
+            copy.deepcopy(decoder),
+            {"quant_cfg": quantizers, "algorithm": "max"},
+            lambda model: _read(model, config, token_ids),
+        )
     layers = {name: watched.get_submodule(name) for name in linears}
     calibration = Calibration(
         weight_amax={name: layer.weight_quantizer.amax.flatten().float() for name, layer in layers.items()},
