@@ -336,6 +336,7 @@ operators = [
     (KvWrite(**pool, **norms, num_pools=1, num_heads=32, num_kv_heads=8), tokens),
     (PagedAttend(**pool, **attend, num_pools=1, num_heads=32, num_kv_heads=8), rows),
     (PagedAttend(**pool, **attend, num_pools=2, num_heads=32, num_kv_heads=32), rows),
+    (PagedAttend(**(pool | dict(head_dim=256)), **attend, num_pools=1, num_heads=16, num_kv_heads=8), rows),
     (StepBegin(128256, 2, 2, 60000, 256), [(64,)]),
 ]
 for arch in (80, 89, 90):
@@ -364,4 +365,4 @@ def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
         [sys.executable, "-c", PTX_SCRIPT], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 12
+    assert len(done.stdout.splitlines()) == 15

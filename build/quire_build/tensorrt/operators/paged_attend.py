@@ -71,8 +71,13 @@ class PagedAttend:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def _row_bytes(self) -> int:
+        return max(16, power_of_two(self.head_dim)) * self.kv_element_bytes
+
+    @property
     def _rows(self) -> int:
-        return max(64, power_of_two(self._group))
+        """Of a full tile; where a row is long, shared memory has no room for many."""
+        return max(64 if self._row_bytes <= 256 else 16, power_of_two(self._group))
 
     @property
     def _few_splits(self) -> int:
@@ -106,7 +111,6 @@ class PagedAttend:
         # The larger of the two, in what symbolic arithmetic has.
         splits = few_splits + arithmetic.larger(many_splits - few_splits, 0)
         padded = max(16, power_of_two(self.head_dim))
-        row_bytes = padded * self.kv_element_bytes
         group = power_of_two(self._group)
         combined_rows = min(8, group)
         return Launch(
@@ -143,10 +147,10 @@ class PagedAttend:
                 "WINDOW": self.window,
                 "SCALE_LOG2": self.scale * math.log2(math.e),
                 "ROWS": self._rows,
-                "ROW_KEYS": max(16, min(32, 8192 // row_bytes)),
+                "ROW_KEYS": max(16, min(32, 8192 // self._row_bytes)),
                 "ROW_STAGES": 2,
                 "FEW_ROWS": max(16, group),
-                "FEW_KEYS": max(16, min(64, 16384 // row_bytes)),
+                "FEW_KEYS": max(16, min(64, 16384 // self._row_bytes)),
                 "FEW_STAGES": 2,
                 "MIN_SPLIT": MIN_SPLIT,
                 "LONG_SPLIT": LONG_SPLIT,
