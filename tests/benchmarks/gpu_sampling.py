@@ -12,16 +12,13 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
-from unittest import mock
 
-import numpy as np
 import torch
 from gpu_timing import Results, graph_time_ms
 from torch import Tensor
 
-from quire.execution import sampler as sampler_module
-from quire.execution.engine_state import engine_state_elements
-from quire.execution.sampler import Sampler, SamplingBatch
+from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, engine_state_elements
+from quire.execution.sampler import Sampler
 from quire_build.tensorrt.operators.launch import PlainArithmetic
 from quire_build.tensorrt.operators.sample import Sample
 
@@ -102,25 +99,15 @@ def compare(results: Results, name: str, vocab_size: int, spread: float) -> None
     launch = Prepared(logits, sampling)
     launch()
     chosen = launch.ids.cpu().numpy()
-    columns = sampling.cpu().numpy()
-    batch = SamplingBatch(
-        inverse_temperature=columns[:, 0],
-        top_k=columns[:, 1].astype(np.int64),
-        top_p=columns[:, 2].astype(np.float64),
-        min_p=columns[:, 3].astype(np.float64),
-        seed=np.arange(CHECKED_ROWS, dtype=np.uint64),
-        output_index=np.zeros(CHECKED_ROWS, dtype=np.int64),
-    )
-    given = mock.patch.object(sampler_module, "uniforms", lambda seeds, _: columns[seeds.astype(np.int64), 4])
-    with given:
-        expected = Sampler().sample(logits.cpu().numpy(), batch)
+    counters = launch.state.view(torch.int32)[COUNTERS_BYTE // 4 :][:NUM_COUNTERS]
+    expected = Sampler().sample_packed(logits.cpu().numpy(), sampling.cpu().numpy())
     results.add(
         way=name,
         vocab_size=vocab_size,
         spread=spread,
         rows=CHECKED_ROWS,
         same=int((chosen == expected).sum()),
-        counters_left=int(launch.state[16:].view(torch.int32)[: -2 * CHECKED_ROWS].count_nonzero()),
+        counters_left=int(counters.count_nonzero()),
     )
 
 

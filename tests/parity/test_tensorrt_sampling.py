@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
-from quire.execution import sampler as sampler_module
 from quire.execution.engine_state import SAMPLED_IDS_BYTE, engine_state_elements
-from quire.execution.sampler import Sampler, SamplingBatch
+from quire.execution.sampler import Sampler
 from quire_build.tensorrt.operators.launch import PlainArithmetic
 from quire_build.tensorrt.operators.sample import Sample
 
@@ -33,7 +32,9 @@ CLOSE = 1e-6
 ALMOST_ONE = 1 - 2.0**-24
 
 
-def run(logits: Floats, sampling: Floats, max_num_seqs: int = 64, **constants: Any) -> NDArray[np.int32]:
+def run(
+    logits: Floats, sampling: Floats, max_num_seqs: int = 64, splits: int | None = None, **constants: Any
+) -> NDArray[np.int32]:
     """Sample once; checks what a launch leaves in engine_state."""
     rows, vocab_size = logits.shape
     operator = Sample(vocab_size=vocab_size, max_num_seqs=max_num_seqs)
@@ -46,8 +47,10 @@ def run(logits: Floats, sampling: Floats, max_num_seqs: int = 64, **constants: A
     ids, scratch = (
         torch.full(shape, -99, dtype=torch.int32) for shape, element in operator.outputs(shapes) if element
     )
-    launch.kernel[launch.grid](
-        torch.from_numpy(logits), torch.from_numpy(sampling), state, *launch.integers, ids, scratch,
+    (chosen_splits,) = launch.integers if splits is None else (splits,)
+    assert launch.grid == (*launch.integers, rows)
+    launch.kernel[(chosen_splits, rows)](
+        torch.from_numpy(logits), torch.from_numpy(sampling), state, chosen_splits, ids, scratch,
         **{**launch.constants, **constants},
     )  # fmt: skip
     kept = min(rows, max_num_seqs)
@@ -56,23 +59,6 @@ def run(logits: Floats, sampling: Floats, max_num_seqs: int = 64, **constants: A
     assert state[0] == 123
     assert not state.view(torch.int32)[2 : SAMPLED_IDS_BYTE // 4].any(), "a counter was left behind"
     return ids.numpy()
-
-
-def reference(logits: Floats, sampling: Floats, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.int32]:
-    """What `Sampler` chooses with the given uniform numbers."""
-    rows = len(logits)
-    drawn = np.flatnonzero(sampling[:, 0])
-    batch = SamplingBatch(
-        inverse_temperature=sampling[:, 0],
-        top_k=sampling[:, 1].astype(np.int64),
-        top_p=sampling[:, 2].astype(np.float64),
-        min_p=sampling[:, 3].astype(np.float64),
-        seed=np.arange(rows, dtype=np.uint64),
-        output_index=np.zeros(rows, dtype=np.int64),
-    )
-    assert set(drawn) <= set(range(rows))
-    monkeypatch.setattr(sampler_module, "uniforms", lambda seeds, _: sampling[seeds.astype(np.int64), 4])
-    return Sampler().sample(logits, batch)
 
 
 def bounds(logits: Floats, sampling: Floats, token: int) -> tuple[float, float, float]:
@@ -94,12 +80,10 @@ def bounds(logits: Floats, sampling: Floats, token: int) -> tuple[float, float, 
     return uniform, (cumulative[rank] - weights[rank]) / mass, cumulative[rank] / mass
 
 
-def check(
-    logits: Floats, sampling: Floats, monkeypatch: pytest.MonkeyPatch, **constants: Any
-) -> NDArray[np.int32]:
+def check(logits: Floats, sampling: Floats, **constants: Any) -> NDArray[np.int32]:
     """The same tokens as `Sampler`'s, but where the draw falls on the border of two."""
     got = run(logits, sampling, **constants)
-    expected = reference(logits, sampling, monkeypatch)
+    expected = Sampler().sample_packed(logits, sampling)
     for row in np.flatnonzero(got != expected):
         point, begin, end = bounds(logits[row], sampling[row], int(got[row]))
         assert begin - CLOSE <= point <= end + CLOSE, (row, got[row], expected[row], sampling[row])
@@ -112,22 +96,22 @@ def rows_of(rng: np.random.Generator, rows: int, vocab_size: int, spread: float)
     return logits
 
 
-FILTERS = list(itertools.product((0, 1, 7, 300, 5000), (1.0, 0.9, 0.3, 0.0), (0.0, 0.02, 1.0)))
+FILTERS = list(itertools.product((0, 1, 40, 300, 5000), (1.0, 0.9, 0.0), (0.0, 0.02, 1.0)))
 
 
 @pytest.mark.parametrize("spread", [0.3, 3.0])
-def test_every_combination_of_filters(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_combination_of_filters(spread: float) -> None:
     rng = np.random.default_rng(int(10 * spread))
     logits = rows_of(rng, len(FILTERS), 1000, spread)
     sampling = np.empty((len(FILTERS), 5), dtype=np.float32)
     sampling[:, 0] = rng.choice([0.5, 1.0, 1.7], len(FILTERS))
     sampling[:, 1:4] = FILTERS
     sampling[:, 4] = rng.random(len(FILTERS), dtype=np.float32)
-    check(logits, sampling, monkeypatch, **SMALL)
+    check(logits, sampling, **SMALL)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.37, ALMOST_ONE])
-def test_ties_and_excluded_tokens(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_and_excluded_tokens(uniform: float) -> None:
     rng = np.random.default_rng(5)
     logits = np.round(rows_of(rng, 12, 1000, 1.0))
     logits[3:6, 100:] = -np.inf
@@ -140,10 +124,10 @@ def test_ties_and_excluded_tokens(uniform: float, monkeypatch: pytest.MonkeyPatc
     sampling[1::4, 1] = 150
     sampling[2::4, 2] = 0.8
     sampling[3::4, 3] = 0.1
-    check(logits, sampling, monkeypatch, **SMALL)
+    check(logits, sampling, **SMALL)
 
 
-def test_equal_candidates_are_drawn_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_candidates_are_drawn_by_id() -> None:
     logits = np.zeros((8, 1000), dtype=np.float32)
     logits[:, 400:] = -1.0
     sampling = np.zeros((8, 5), dtype=np.float32)
@@ -152,36 +136,36 @@ def test_equal_candidates_are_drawn_by_id(monkeypatch: pytest.MonkeyPatch) -> No
     sampling[:, 4] = (np.arange(8) * 40 + 20.5) / 301
     got = run(logits, sampling, **SMALL)
     np.testing.assert_array_equal(got, np.arange(8) * 40 + 20)
-    np.testing.assert_array_equal(got, reference(logits, sampling, monkeypatch))
+    np.testing.assert_array_equal(got, Sampler().sample_packed(logits, sampling))
 
 
-def test_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_vocabulary() -> None:
     rng = np.random.default_rng(6)
     logits = np.concatenate([rows_of(rng, 3, 32001, spread) for spread in (0.5, 2.0, 6.0)])
     sampling = np.tile(np.array([1.0, 0, 1.0, 0, 0], dtype=np.float32), (9, 1))
     sampling[1::3, 1:3] = 50, 0.9
     sampling[2::3, 2] = 0.95
     sampling[:, 4] = rng.random(9, dtype=np.float32)
-    check(logits, sampling, monkeypatch)
+    check(logits, sampling)
 
 
-def test_temperatures_from_cold_to_hot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temperatures_from_cold_to_hot() -> None:
     rng = np.random.default_rng(7)
     logits = rows_of(rng, 10, 1000, 2.0)
     sampling = np.tile(np.array([1.0, 0, 0.95, 0, 0], dtype=np.float32), (10, 1))
     sampling[:, 0] = np.geomspace(1e-2, 1e5, 10)
     sampling[:, 4] = rng.random(10, dtype=np.float32)
-    check(logits, sampling, monkeypatch, **SMALL)
+    check(logits, sampling, **SMALL)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 130])
-def test_greedy_takes_the_first_of_the_best(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_takes_the_first_of_the_best(rows: int) -> None:
     rng = np.random.default_rng(rows)
     logits = np.round(rows_of(rng, rows, 1000, 1.0))
     sampling = np.zeros((rows, 5), dtype=np.float32)
     got = run(logits, sampling, **SMALL)
     np.testing.assert_array_equal(got, logits.argmax(axis=1))
-    np.testing.assert_array_equal(got, reference(logits, sampling, monkeypatch))
+    np.testing.assert_array_equal(got, Sampler().sample_packed(logits, sampling))
 
 
 @pytest.mark.parametrize("inverse_temperature", [0.0, 1.0])
@@ -202,15 +186,21 @@ def test_rows_that_are_not_finite_give_minus_one(inverse_temperature: float) -> 
 
 def test_a_row_depends_on_itself_alone() -> None:
     rng = np.random.default_rng(10)
-    logits = rows_of(rng, 5, 1000, 1.0)
-    sampling = np.tile(np.array([1.0, 0, 0.99, 0, 0], dtype=np.float32), (5, 1))
-    sampling[:, 4] = rng.random(5, dtype=np.float32)
+    logits = rows_of(rng, 3, 1000, 1.0)
+    sampling = np.tile(np.array([1.0, 0, 0.99, 0, 0], dtype=np.float32), (3, 1))
+    sampling[:, 4] = rng.random(3, dtype=np.float32)
     together = run(logits, sampling, **SMALL)
-    for row in range(5):
+    for row in range(3):
         one = slice(row, row + 1)
         assert run(logits[one], sampling[one], **SMALL)[0] == together[row]
-    many = run(np.tile(logits, (26, 1)), np.tile(sampling, (26, 1)), max_num_seqs=4, **SMALL)
-    np.testing.assert_array_equal(many, np.tile(together, 26))
+    for splits in (1, 3):
+        np.testing.assert_array_equal(run(logits, sampling, splits=splits, **SMALL), together)
+
+
+def test_the_table_takes_no_more_rows_than_it_has() -> None:
+    logits = rows_of(np.random.default_rng(12), 6, 300, 1.0)
+    got = run(logits, np.zeros((6, 5), dtype=np.float32), max_num_seqs=4, BLOCK=128)
+    np.testing.assert_array_equal(got, logits.argmax(axis=1))
 
 
 def test_garbage_parameters_still_give_a_token() -> None:

@@ -7,12 +7,12 @@ until few enough candidates remain between two of them; those are copied out, an
 
 Candidates are ordered by their distance below the best logit, divided by the temperature: the bits of a
 float32 that is not negative are ordered as its value is, so the distance serves as an integer key. Masses are
-fixed-point integers, MASS_UNIT to the weight of the best, from float32 partial sums whose order the vocabulary
-alone decides: neither the batch nor the number of programs changes a token.
+fixed-point integers, MASS_UNIT to the weight of the best, from float32 partial sums whose order the
+vocabulary alone decides: neither the batch nor the number of programs changes a token.
 """
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -151,6 +151,22 @@ def _middle(above, last, steps):
 
 
 @triton.jit
+def _narrow(above, above_count, above_mass, last, count, key, key_count, key_mass, by_count, wanted):
+    """Cut the interval (above, last] at a key inside it, so that `wanted` is still reached in it."""
+    inside = (key > above) & (key < last)
+    reached = tl.where(by_count, key_count, key_mass) >= wanted
+    short = inside & (reached == 0)
+    reached = inside & reached
+    return (
+        tl.where(short, key, above),
+        tl.where(short, key_count, above_count),
+        tl.where(short, key_mass, above_mass),
+        tl.where(reached, key, last),
+        tl.where(reached, key_count, count),
+    )
+
+
+@triton.jit
 def _nth_of_key(
     row_logits, best, inverse_temperature, key, nth, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -237,17 +253,13 @@ def _draw(
             above = tl.full([], -1, tl.int32)
             above_count = tl.full([], 0, tl.int64)
             above_mass = tl.full([], 0, tl.int64)
-            last, count, mass = last_key, last_count, last_mass
-            if last > far_key:
-                if tl.where(by_count, far_count, far_mass) >= wanted:
-                    last, count, mass = far_key, far_count, far_mass
-                else:
-                    above, above_count, above_mass = far_key, far_count, far_mass
-            if (last > near_key) & (above < near_key):
-                if tl.where(by_count, near_count, near_mass) >= wanted:
-                    last, count, mass = near_key, near_count, near_mass
-                else:
-                    above, above_count, above_mass = near_key, near_count, near_mass
+            last, count = last_key, last_count
+            above, above_count, above_mass, last, count = _narrow(
+                above, above_count, above_mass, last, count, near_key, near_count, near_mass, by_count, wanted
+            )
+            above, above_count, above_mass, last, count = _narrow(
+                above, above_count, above_mass, last, count, far_key, far_count, far_mass, by_count, wanted
+            )
             before_copied = tl.where(by_count, before_copied_count, before_copied_mass)
             found_copied = (copied_count > 0) & (before_copied < wanted)
             if not found_copied:
@@ -263,23 +275,45 @@ def _draw(
                         second = _middle(above, last, passes)
                         first = tl.minimum(_middle(above, tl.maximum(second, above + 2), passes), second)
                         third = tl.maximum(_middle(tl.minimum(second, last - 2), last, passes), second)
-                        first_count, second_count, third_count, first_mass, second_mass, third_mass = (
-                            _measure(
-                                row_logits, best, inverse_temperature, first, second, third, VOCAB_SIZE, BLOCK
-                            )
+                        count_1, count_2, count_3, mass_1, mass_2, mass_3 = _measure(
+                            row_logits, best, inverse_temperature, first, second, third, VOCAB_SIZE, BLOCK
                         )
-                        if tl.where(by_count, first_count, first_mass) >= wanted:
-                            last, count, mass = first, first_count, first_mass
-                        else:
-                            above, above_count, above_mass = first, first_count, first_mass
-                            if tl.where(by_count, second_count, second_mass) >= wanted:
-                                last, count, mass = second, second_count, second_mass
-                            else:
-                                above, above_count, above_mass = second, second_count, second_mass
-                                if tl.where(by_count, third_count, third_mass) >= wanted:
-                                    last, count, mass = third, third_count, third_mass
-                                else:
-                                    above, above_count, above_mass = third, third_count, third_mass
+                        above, above_count, above_mass, last, count = _narrow(
+                            above,
+                            above_count,
+                            above_mass,
+                            last,
+                            count,
+                            first,
+                            count_1,
+                            mass_1,
+                            by_count,
+                            wanted,
+                        )
+                        above, above_count, above_mass, last, count = _narrow(
+                            above,
+                            above_count,
+                            above_mass,
+                            last,
+                            count,
+                            second,
+                            count_2,
+                            mass_2,
+                            by_count,
+                            wanted,
+                        )
+                        above, above_count, above_mass, last, count = _narrow(
+                            above,
+                            above_count,
+                            above_mass,
+                            last,
+                            count,
+                            third,
+                            count_3,
+                            mass_3,
+                            by_count,
+                            wanted,
+                        )
                     passes += 2
                 if last - above > 1:
                     # Where there is room, with all that precede them: later stages look among those.
