@@ -22,6 +22,7 @@ from quire.serving.channel import SchedulerChannel
 from quire.serving.component import ComponentArguments, join_server
 from quire.serving.engine.loading import load_executor
 from quire.serving.rendezvous import Rendezvous
+from quire.serving.scheduler.hosted_plan import HostedPlanExecutor
 from quire.serving.scheduler.metrics import MetricsReporter
 from quire.serving.scheduler.step_loop import StepLoop
 from quire.serving.scheduler.triton_executor import TritonExecutor
@@ -43,7 +44,7 @@ class SchedulerComponent:
         manifest = read_manifest(arguments.engine_dir)
         settings = arguments.settings().within(manifest.limits)
         self._rendezvous = join_server()
-        executor = _executor(arguments, settings, self._rendezvous)
+        executor = _executor(arguments, manifest, settings, self._rendezvous)
         self._channel = SchedulerChannel(self._rendezvous)
 
         def make_core(pool: PoolInfo) -> EngineCore:
@@ -84,11 +85,13 @@ class SchedulerComponent:
         raise InvalidRequestError(f"command is {command!r}; it must be statistics or drain")
 
 
-def _executor(arguments: ComponentArguments, settings: ServingSettings, rendezvous: Rendezvous) -> Executor:
+def _executor(
+    arguments: ComponentArguments, manifest: Manifest, settings: ServingSettings, rendezvous: Rendezvous
+) -> Executor:
     """The way to this repository's engine. Only one in this process needs its runtime to be imported."""
-    if arguments.engine_placement is EnginePlacement.HOSTED:
-        return TritonExecutor(rendezvous)
-    return load_executor(arguments.engine_dir, settings)
+    if arguments.engine_placement is EnginePlacement.IN_PROCESS:
+        return load_executor(arguments.engine_dir, settings)
+    return HostedPlanExecutor(manifest) if manifest.plan else TritonExecutor(rendezvous)
 
 
 def _scheduler_config(
