@@ -4,9 +4,8 @@
 
 For each kind of layer and number of rows, bfloat16: CUDA graph replays over several weights, so that no cache
 helps. Tiles that a plan cannot launch are left out. The candidates are compiled first, by all processors; the
-most promising are measured first, and what the time does not suffice for is left out. Then, with the best
-tiles, whole layers one after another, with more and more of the next weight fetched ahead. `linear_tiles.py`
-holds what came out of this.
+most promising are measured first, and what the time does not suffice for is left out. `linear_tiles.py` holds
+what came out of this.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from quire.execution.engine_state import NUM_COUNTERS, engine_state_elements
 from quire_build.tensorrt.kernels.compiled import MAX_SHARED_BYTES
-from quire_build.tensorrt.linear_tiles import LARGEST_SPLIT_TILE, LinearTile, tiles
+from quire_build.tensorrt.linear_tiles import LinearTile, tiles
 from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic
 
 HIDDEN, FFN, VOCABULARY = 4096, 14336, 128256
@@ -39,7 +38,6 @@ WEIGHT_BYTES = 600 << 20
 """Of one kind's weights together: many times the L2 cache."""
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
-    "prefetch_bytes": 0,
 }  # fmt: skip
 KINDS = {
     "qkv": Linear(k=HIDDEN, n=6144, **(PLAIN | {"normed": 1})),
@@ -48,36 +46,19 @@ KINDS = {
     "down": Linear(k=FFN, n=HIDDEN, **(PLAIN | {"adds_residual": 1})),
     "lm_head": Linear(k=HIDDEN, n=VOCABULARY, **(PLAIN | {"wide_output": 1, "normed": 1})),
 }
-LAYER = ("qkv", "output", "gate_up", "down")
 ROWS = (64, 128, 256, 32, 16, 1, 512, 2048, 8192)
 """The most interesting first."""
 MOST_LOGITS = 512
-PROGRAMS = (264, 400)
-"""Programs that splits aim at: two and three for each SM of a Hopper GPU."""
-PREFETCH_MIB = (0, 4, 8, 16, 24, 32)
+PROGRAMS = (528, 264)
+"""Programs that splits aim at, at most: four and two for each SM of a Hopper GPU."""
 
-T, A = "transposed", "ahead"
-PLAIN_SHAPES: tuple[tuple[Any, ...], ...] = (
-    (16, 32, 128, 4, 4), (16, 64, 128, 4, 3), (16, 32, 128, 4, 5), (16, 64, 128, 4, 1, A),
-    (16, 64, 64, 4, 5), (16, 128, 64, 4, 3), (16, 64, 128, 4, 2, T), (16, 32, 256, 4, 1, A),
-    (32, 64, 64, 4, 4), (32, 64, 64, 4, 4, T), (32, 32, 128, 4, 3), (32, 64, 128, 4, 1, A),
-    (64, 64, 64, 4, 3), (64, 64, 64, 4, 3, T), (64, 128, 64, 4, 2), (64, 64, 128, 4, 1, A),
-    (64, 128, 32, 4, 4), (64, 128, 64, 8, 2, T), (64, 128, 64, 4, 1, A), (64, 256, 32, 4, 2),
-    (128, 128, 32, 8, 3), (128, 64, 64, 4, 2), (128, 64, 64, 8, 2), (128, 128, 64, 8, 1, A),
-    (128, 256, 32, 8, 2), (128, 128, 32, 4, 3), (128, 64, 32, 4, 4), (128, 256, 64, 8, 1, A),
-    (256, 128, 32, 8, 2), (256, 128, 64, 8, 1, A), (128, 128, 32, 8, 3, T), (256, 64, 32, 8, 2),
+PLAIN_SHAPES = (
+    (128, 64, 64, 4, 2), (128, 256, 16, 8, 4), (64, 128, 32, 4, 4), (128, 64, 32, 4, 4), (256, 128, 16, 8, 4),
 )  # fmt: skip
-GATED_SHAPES: tuple[tuple[Any, ...], ...] = (
-    (16, 32, 128, 4, 3), (16, 32, 128, 4, 2), (16, 32, 64, 4, 5), (16, 64, 64, 4, 3), (16, 32, 128, 4, 1, A),
-    (16, 64, 64, 4, 2, T), (16, 64, 128, 4, 1, A),
-    (32, 32, 64, 4, 4), (32, 64, 64, 4, 3), (32, 64, 64, 4, 2, T), (32, 32, 128, 4, 2),
-    (32, 32, 128, 4, 1, A),
-    (64, 64, 64, 4, 2), (64, 32, 64, 4, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 2, T), (64, 64, 64, 4, 1, A),
-    (64, 128, 32, 4, 2), (64, 128, 64, 8, 1, A), (64, 128, 32, 8, 2),
-    (128, 64, 32, 8, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 2), (128, 64, 64, 8, 1, A),
-    (128, 128, 64, 8, 1, A), (256, 64, 32, 8, 2), (256, 64, 64, 8, 1, A), (128, 64, 32, 8, 3, T),
+GATED_SHAPES = (
+    (128, 64, 32, 4, 3), (32, 64, 64, 4, 3), (128, 128, 16, 8, 4), (128, 32, 64, 4, 2), (64, 64, 32, 4, 4),
 )  # fmt: skip
-"""Rows, columns and depth of a tile, warps, stages, and what else is to be set."""
+"""Rows, columns and depth of a tile, warps, stages: candidates besides those that are in use."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +76,13 @@ class Variant:
 def candidates(kind: str) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
     layer = KINDS[kind]
-    found = list(tiles(layer.n, layer.k, bool(layer.gated), bool(layer.wide_output)))
+    found = list(tiles(layer.n, layer.k, bool(layer.gated)))
     for programs in PROGRAMS:
-        for block_m, block_n, block_k, num_warps, num_stages, *flags in (
-            GATED_SHAPES if layer.gated else PLAIN_SHAPES
-        ):
+        for shape in GATED_SHAPES if layer.gated else PLAIN_SHAPES:
+            _, block_n, block_k, _, _ = shape
             columns = -(-layer.n // block_n)
             most = min(layer.k // (2 * block_k), 2 * NUM_COUNTERS // columns)
-            splits = max(1, min(round(programs / columns), most))
-            if block_m * block_n * (1 + layer.gated) > LARGEST_SPLIT_TILE:
-                splits = 1
-            tile = LinearTile(splits, block_m, block_n, block_k, num_warps, num_stages)
-            tile = replace(tile, **dict.fromkeys(flags, True))
+            tile = LinearTile(max(1, min(programs // columns, most)), *shape)
             if tile not in found:
                 found.append(tile)
     return found
@@ -184,7 +160,6 @@ class Bench:
         self,
         variant: Variant,
         weight: Tensor,
-        next_weight: Tensor,
         inputs: dict[str, Tensor],
         outputs: list[Tensor],
     ) -> Callable[[], object]:
@@ -196,7 +171,7 @@ class Bench:
         if self._scratch.numel() < wanted:
             self._scratch = torch.empty(wanted, device="cuda")
         arguments = [
-            x, weight, inputs["squares"], inputs["residual"], inputs["next_norm"], x, self.state, next_weight,
+            x, weight, inputs["squares"], inputs["residual"], inputs["next_norm"], x, self.state,
             *launch.integers, *outputs, self._scratch,
         ]  # fmt: skip
         return functools.partial(
@@ -212,7 +187,7 @@ class Bench:
         layer, weight = variant.layer, self.weights[kind_of(variant.layer)][0]
         inputs, outputs = self.inputs(layer, rows), self.outputs(layer, rows)
         outputs[0].fill_(float("nan"))
-        self.ready(variant, weight, weight, inputs, outputs)()
+        self.ready(variant, weight, inputs, outputs)()
         expected = inputs["x"].float() @ weight.float().T
         if layer.normed:
             scale = inputs["x"].float().square().mean(-1, keepdim=True) + layer.epsilon
@@ -227,7 +202,7 @@ class Bench:
 
 def kind_of(layer: Linear) -> str:
     """The name of a layer's kind."""
-    return next(kind for kind, other in KINDS.items() if replace(layer, prefetch_bytes=0) == other)
+    return next(kind for kind, other in KINDS.items() if layer == other)
 
 
 def one_after_another(launches: Iterable[Callable[[], object]]) -> Callable[[int], None]:
@@ -279,7 +254,7 @@ def measure_tiles(
             variant = Variant(layer, tile)
             if (kind, tile) not in checked:
                 checked[kind, tile] = bench.error(variant, min(rows, 300) - 1 or 1)
-            launches = (bench.ready(variant, weight, weight, inputs, outputs) for weight in weights)
+            launches = (bench.ready(variant, weight, inputs, outputs) for weight in weights)
             us = 1e3 * graph_time_ms(one_after_another(launches), replays(rows)) / len(weights)
             right = checked[kind, tile] < 1e-2
             if right and us < best.get((kind, rows), (us + 1, tile))[0]:
@@ -296,39 +271,6 @@ def measure_tiles(
     return best
 
 
-def measure_prefetch(
-    results: Results,
-    bench: Bench,
-    pool: ProcessPoolExecutor,
-    best: dict[tuple[str, int], tuple[float, LinearTile]],
-    deadline: float,
-) -> None:
-    """Layers one after another, each with weights of its own, by how much is fetched ahead."""
-    layers = min(len(bench.weights[kind]) for kind in LAYER)
-    for rows in (1, 16, 64):
-        if not all((kind, rows) in best for kind in LAYER):
-            continue
-        variants = {
-            (kind, mib): Variant(replace(KINDS[kind], prefetch_bytes=mib << 20), best[kind, rows][1])
-            for mib in PREFETCH_MIB
-            for kind in LAYER
-        }
-        launchable(pool, list(variants.values()))
-        arguments = {
-            kind: (bench.inputs(KINDS[kind], rows), bench.outputs(KINDS[kind], rows)) for kind in LAYER
-        }
-        order = [(kind, bench.weights[kind][i]) for i in range(layers) for kind in LAYER]
-        for mib in PREFETCH_MIB:
-            if time.monotonic() > deadline:
-                return
-            launches = [
-                bench.ready(variants[kind, mib], weight, ahead, *arguments[kind])
-                for (kind, weight), (_, ahead) in zip(order, order[1:] + order[:1], strict=True)
-            ]
-            us = 1e3 * graph_time_ms(one_after_another(launches)) / layers
-            results.add(rows=rows, prefetch_mib=mib, us_a_layer=round(us, 2))
-
-
 def main() -> None:
     """Compile, measure, and print the best."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -340,8 +282,7 @@ def main() -> None:
     bench = Bench()
     processors = max(1, (os.cpu_count() or 2) - 1)
     with ProcessPoolExecutor(processors, mp_context=multiprocessing.get_context("spawn")) as pool:
-        best = measure_tiles(results, bench, pool, end - 0.15 * options.seconds)
-        measure_prefetch(results, bench, pool, best, end)
+        best = measure_tiles(results, bench, pool, end)
     assert not bench.state.any(), "a counter was left behind"
     for (kind, rows), (us, tile) in sorted(best.items()):
         print(json.dumps({"best": kind, "rows": rows, "us": round(us, 2), **asdict(tile)}))

@@ -33,7 +33,7 @@ from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
 from quire_build.export import export_graph
 from quire_build.rope import cosine_and_sine
-from quire_build.tensorrt.builder import OUTPUTS, PLAN_FILE, PREFETCH_BYTES, STEP_INPUTS, TensorRTBuilder
+from quire_build.tensorrt.builder import OUTPUTS, PLAN_FILE, STEP_INPUTS, TensorRTBuilder
 from quire_build.tensorrt.plan import PlanOptions, build_plan
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
@@ -127,7 +127,6 @@ def build_random_plan(
     precision: Precision | None = None,
     limits: EngineLimits = LIMITS,
     pool_bytes: int = 0,
-    prefetch_bytes: int = PREFETCH_BYTES,
 ) -> dict[str, float]:
     """Leave model.plan and engine.json in `directory`.
 
@@ -155,7 +154,6 @@ def build_random_plan(
         block_size=BLOCK_SIZE,
         kv_bytes_per_block=kv_bytes_per_block,
         pool_bytes=pool_bytes,
-        prefetch_bytes=prefetch_bytes,
     )
     weights = RandomWeights(config, limits.max_model_len, dtype)
     plan = build_plan(graph, weights, options, lambda line: print(line, flush=True))

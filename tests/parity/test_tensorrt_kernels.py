@@ -346,7 +346,7 @@ for arch in (80, 89, 90):
         assert list(types) == launch.kernel.arg_names[: len(types)]
         compiled = compile_kernel(
             launch.kernel, types, launch.constants, arch=arch,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, max_registers=launch.max_registers,
         )
         assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
         if isinstance(operator, KvWrite):

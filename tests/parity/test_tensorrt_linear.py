@@ -22,21 +22,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
-    "prefetch_bytes": 0,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "normed": {"normed": 1, "biased": 1},
-    "residual": {"adds_residual": 1, "prefetch_bytes": 1024},
+    "residual": {"adds_residual": 1},
     "gated": {"normed": 1, "gated": 1, "biased": 1},
 }
 TILES = (
     LinearTile(splits=4, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3),
-    LinearTile(splits=5, block_m=32, block_n=64, block_k=16, num_warps=4, num_stages=3, transposed=True),
-    LinearTile(splits=2, block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=1, ahead=True),
+    LinearTile(splits=5, block_m=32, block_n=64, block_k=16, num_warps=4, num_stages=3),
+    LinearTile(splits=2, block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=1),
     LinearTile(splits=1, block_m=64, block_n=256, block_k=64, num_warps=8, num_stages=3),
 )
-"""Split into many and few, transposed, ahead, and finished by halves; none of them fits the layers below."""
+"""Split into many and few, and finished by halves; none of them fits the layers below."""
 
 
 def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -51,7 +50,7 @@ def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> No
     squares = x.square().view(rows, -1, 32).sum(-1)
     residual, gain = random(generator, rows, n), random(generator, n)
     bias = random(generator, n * (1 + layer.gated))
-    inputs = [x, weight, squares, residual, gain, bias, state, weight]
+    inputs = [x, weight, squares, residual, gain, bias, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
     outputs[3] = torch.full((tile.splits * tile.block_m * n * (1 + layer.gated),), math.nan)
@@ -80,7 +79,7 @@ def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int) -> N
     """In the same state one after another, so that a counter left behind by one would spoil the next."""
     layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind]))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    for tile in (*TILES, *tiles(layer.n, layer.k, bool(layer.gated), bool(layer.wide_output))):
+    for tile in (*TILES, *tiles(layer.n, layer.k, bool(layer.gated))):
         check(layer, rows, tile, state)
         assert not state.any(), f"{tile} left a counter behind"
 
@@ -90,7 +89,7 @@ def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     x, weight = random(generator, 5, 40), random(generator, 96, 40)
-    inputs = [x, weight, x, x, x, x, state, x]
+    inputs = [x, weight, x, x, x, x, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     gate, up = (x @ weight.T).chunk(2, dim=-1)
     for tactic in range(layer.num_tactics):
@@ -129,7 +128,7 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
     tile = LinearTile(splits=2, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3)
     launch = layer.launch_in(tile, [x.shape, weight.shape], PlainArithmetic())
     launch.kernel[(1, 1, 1)](
-        x, weight, x, x, x, x, state, x, *launch.integers, *outputs, **launch.constants
+        x, weight, x, x, x, x, state, *launch.integers, *outputs, **launch.constants
     )  # fmt: skip
     assert state.view(torch.int32).nonzero().flatten().tolist() == [COUNTERS_BYTE // 4]
 
@@ -138,7 +137,7 @@ PTX_SCRIPT = """
 from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
-flags = dict(epsilon=1e-5, biased=1, prefetch_bytes=1 << 23)
+flags = dict(epsilon=1e-5, biased=1)
 layers = [
     Linear(k=4096, n=6144, normed=1, gated=0, adds_residual=0, wide_output=0, **flags),
     Linear(k=14336, n=4096, normed=0, gated=0, adds_residual=1, wide_output=0, **flags),
@@ -156,7 +155,6 @@ for arch, some in ((80, layers[1:2]), (89, layers[2:3]), (90, layers)):
             )
             assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
             assert "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
-            assert "prefetch.global.L2" in compiled.ptx
             if arch == 90 and launch.constants["BLOCK_M"] >= 64:
                 assert "wgmma" in compiled.ptx
             print(arch, layer.n, tactic, compiled.shared_bytes)

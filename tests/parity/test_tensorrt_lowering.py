@@ -99,7 +99,7 @@ def run_node(
 
 POOL_OF_ONE = {
     "max_blocks": NUM_BLOCKS, "num_pools": 1, "blocks_per_pool": NUM_BLOCKS, "max_num_seqs": 8,
-    "kv_element_bytes": 4, "prefetch_bytes": 0,
+    "kv_element_bytes": 4,
 }  # fmt: skip
 
 
@@ -135,7 +135,7 @@ class Linear(OpRun):
     op_domain = "quire"
 
     def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
-        return run_node(operators.Linear, self.onnx_node, [*inputs, new_state(), None], attributes)
+        return run_node(operators.Linear, self.onnx_node, [*inputs, new_state()], attributes)
 
 
 class Sample(OpRun):

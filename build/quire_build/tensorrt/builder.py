@@ -20,8 +20,6 @@ from quire_build.workload import Workload
 
 PLAN_FILE = "model.plan"
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
-PREFETCH_BYTES = 32 << 20
-"""Of the weight behind attention, fetched into the L2 cache before it; docs/tensorrt.md has the gain."""
 HOST_RESERVE_BYTES = 2 << 30
 """Left free beside weights and pool of a hosted plan for its activations, the server and CUDA itself."""
 OUTPUTS = ("logits", "sampled_ids", "pool_info", "step_done")
@@ -76,7 +74,6 @@ class TensorRTBuilder:
             kv_bytes_per_block=config.kv_elements_per_token * self.block_size * element_bytes,
             pool_bytes=self._hosted_pool_bytes(options, parameters * element_bytes),
             timing_cache=_cache_directory() / TIMING_CACHE_FILE,
-            prefetch_bytes=PREFETCH_BYTES,
         )
         weight = checkpoint_weights(source, limits.max_model_len)
         plan = build_plan(graph, weight, plan_options, progress)

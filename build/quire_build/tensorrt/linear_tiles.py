@@ -1,20 +1,20 @@
 """Which tiles a linear layer may be computed in: one for each tactic that TensorRT times.
 
 A tile is right for every number of rows; the range that it is meant for is the one where it is fast. What is
-chosen here was measured on Hopper GPUs with `tests/benchmarks/gpu_linear.py`.
+chosen here was measured on an H100 with `tests/benchmarks/gpu_linear.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from quire.execution.engine_state import NUM_COUNTERS
 
-PROGRAMS_WANTED = 256
-"""K is split until about this many programs run: two on nearly each of a Hopper GPU's 132 SMs."""
+PROGRAMS_WANTED = 384
+"""K is split until at most this many programs run: three on nearly each of a Hopper GPU's 132 SMs."""
 
-LARGEST_SPLIT_TILE = 128 * 128
-"""Elements of the largest tile that is split: adding splits up wants registers besides the tile's own."""
+LARGE_TILE = 64 * 128
+"""Elements from which on a tile's parts are so many that two programs on an SM are better than three."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,6 @@ class LinearTile:
         block_k: how much of k is multiplied at once.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline over k.
-        transposed: multiply the weight with the rows, so that the matrix instructions' long side is n.
-        ahead: hold the next tile of k in registers instead of the pipeline's shared memory; for one stage.
     """
 
     splits: int
@@ -38,40 +36,29 @@ class LinearTile:
     block_k: int
     num_warps: int
     num_stages: int
-    transposed: bool = False
-    ahead: bool = False
 
 
-def tiles(n: int, k: int, gated: bool, wide_output: bool) -> tuple[LinearTile, ...]:
+def tiles(n: int, k: int, gated: bool) -> tuple[LinearTile, ...]:
     """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first.
 
     All fit the shared memory that a plan's kernels have while weights and rows are of two bytes an element.
     """
     if gated:
-        found = [
-            LinearTile(1, 16, 32, 128, 4, 3),
-            LinearTile(1, 64, 32, 64, 4, 3),
-            LinearTile(1, 64, 64, 64, 4, 2),
-            LinearTile(1, 128, 64, 32, 8, 3),
-            LinearTile(1, 128, 128, 32, 8, 2),
-        ]
+        shapes = [(16, 32, 128, 4, 2), (64, 32, 64, 4, 3), (64, 64, 64, 4, 2), (128, 64, 32, 8, 3)]
     else:
-        few = LinearTile(1, 16, 64, 128, 4, 3) if n <= 4096 else LinearTile(1, 16, 32, 128, 4, 5)
-        found = [
-            few,
-            LinearTile(1, 64, 64, 64, 4, 3),
-            LinearTile(1, 64, 128, 64, 4, 2),
-            LinearTile(1, 128, 128, 32, 8, 3),
+        shapes = [
+            (16, 32, 128, 4, 4),
+            (32, 64, 64, 4, 4),
+            (64, 64, 64, 4, 3),
+            (64, 128, 64, 4, 2),
+            (128, 128, 32, 4, 3),
         ]
-        if not wide_output:
-            found.append(LinearTile(1, 128, 256, 32, 8, 2))
-    return tuple(_split(tile, n, k, gated) for tile in found)
+    return tuple(LinearTile(_splits(n, k, gated, *shape[:3]), *shape) for shape in shapes)
 
 
-def _split(tile: LinearTile, n: int, k: int, gated: bool) -> LinearTile:
-    """The tile with as many splits as it takes to fill the GPU, if k, counters and registers allow."""
-    if tile.block_m * tile.block_n * (1 + gated) > LARGEST_SPLIT_TILE:
-        return tile
-    columns = -(-n // tile.block_n)
-    splits = min(PROGRAMS_WANTED // columns, k // (4 * tile.block_k), 2 * NUM_COUNTERS // columns)
-    return replace(tile, splits=max(1, splits))
+def _splits(n: int, k: int, gated: bool, block_m: int, block_n: int, block_k: int) -> int:
+    """As many splits as it takes to fill the GPU, if k and the counters allow."""
+    columns = -(-n // block_n)
+    large = block_m * block_n * (1 + gated) >= LARGE_TILE
+    programs = PROGRAMS_WANTED * 2 // 3 if large else PROGRAMS_WANTED
+    return max(1, min(programs // columns, k // (4 * block_k), 2 * NUM_COUNTERS // columns))

@@ -1,14 +1,12 @@
 """A lowered graph as a TensorRT network.
 
-The graph says what is computed; what is decided here is in which type, for how large a pool, and what is
-fetched ahead: while attention reads little, memory would stand idle that the next weight is waiting in.
+The graph says what is computed; what is decided here is in which type, and for how large a pool.
 """
 
 # mypy: disable-error-code="import-not-found"
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -59,7 +57,6 @@ class NetworkWriter:
         dtype: type of weights, activations and the pool.
         pool: how the pool will be bound.
         max_num_seqs: rows of logits in one step, at most.
-        prefetch_bytes: how much of the weight behind attention is fetched into the L2 cache before it.
     """
 
     def __init__(
@@ -71,13 +68,11 @@ class NetworkWriter:
         dtype: torch.dtype,
         pool: PoolLayout,
         max_num_seqs: int,
-        prefetch_bytes: int = 0,
     ) -> None:
         import tensorrt as trt
 
         self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
         self._dtype, self._pool, self._max_num_seqs = dtype, pool, max_num_seqs
-        self._prefetch_bytes = prefetch_bytes
         self._types = {
             torch.bfloat16: trt.bfloat16,
             torch.float16: trt.float16,
@@ -94,11 +89,6 @@ class NetworkWriter:
         }
         self._weights = {initializer.name for initializer in self._graph.initializer} - set(self._integers)
         self._stacks = {node.output[0]: node for node in self._graph.node if node.op_type == "Concat"}
-        linear = [node for node in self._graph.node if node.op_type == "Linear"]
-        self._next_weight = {
-            node.output[0]: following.input[1] for node, following in itertools.pairwise(linear)
-        }
-        self._before_attention = {node.input[0] for node in self._graph.node if node.op_type == "KvWrite"}
 
     def write(self) -> None:
         """Add inputs, nodes and outputs.
@@ -206,17 +196,14 @@ class NetworkWriter:
     def _add_linear(self, node: NodeProto) -> None:
         x = self._tensor(node.input[0])
         inputs = [self._tensor(name) if name else x for name in node.input]
-        fetches_ahead = node.output[0] in self._before_attention
-        ahead = self._tensor(self._next_weight[node.output[0]]) if fetches_ahead else x
         self._add_own(
             node,
-            [*inputs, self._tensors[STATE], ahead],
+            [*inputs, self._tensors[STATE]],
             normed=0,
             epsilon=0.0,
             gated=0,
             adds_residual=0,
             wide_output=0,
-            prefetch_bytes=self._prefetch_bytes if fetches_ahead else 0,
         )
 
     def _add_sample(self, node: NodeProto) -> None:

@@ -47,7 +47,6 @@ class PlanOptions:
         pool_bytes: size of the pool if whoever binds the inputs gives them their largest shape, as Triton's
             backend does; 0 if the pool is bound by its address, whatever its size.
         timing_cache: file in which TensorRT keeps what it measured, read if there and written afterwards.
-        prefetch_bytes: see `NetworkWriter`.
     """
 
     dtype: torch.dtype
@@ -56,7 +55,6 @@ class PlanOptions:
     kv_bytes_per_block: int
     pool_bytes: int = 0
     timing_cache: Path | None = None
-    prefetch_bytes: int = 0
 
     @property
     def pool(self) -> PoolLayout:
@@ -128,7 +126,6 @@ def build_plan(
         dtype=options.dtype,
         pool=pool,
         max_num_seqs=options.limits.max_num_seqs,
-        prefetch_bytes=options.prefetch_bytes,
     )
     writer.write()
 

@@ -41,6 +41,7 @@ def compile_kernel(
     arch: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    max_registers: int | None = None,
 ) -> CompiledKernel:
     """Compile a kernel of this package for one GPU architecture; no GPU is needed.
 
@@ -50,11 +51,14 @@ def compile_kernel(
             taken to be 16-byte aligned, as TensorRT's tensors are.
         constants: values of its ``constexpr`` parameters.
         arch: compute capability, 90 for 9.0.
+        max_registers: of a thread, at most.
 
     Raises:
         ValueError: if the kernel wants scratch memory or more shared memory than a plan can give it.
     """
-    return _compile(kernel, tuple(types.items()), tuple(constants.items()), arch, num_warps, num_stages)
+    return _compile(
+        kernel, tuple(types.items()), tuple(constants.items()), arch, num_warps, num_stages, max_registers
+    )
 
 
 @functools.cache
@@ -65,6 +69,7 @@ def _compile(
     arch: int,
     num_warps: int,
     num_stages: int,
+    max_registers: int | None,
 ) -> CompiledKernel:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -76,7 +81,12 @@ def _compile(
         if kind.startswith("*")
     }
     source = ASTSource(kernel, dict(types), dict(constants), aligned)
-    options = {"ptx_version": PTX_VERSION, "num_warps": num_warps, "num_stages": num_stages}
+    options = {
+        "ptx_version": PTX_VERSION,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "maxnreg": max_registers,
+    }
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     metadata = built.metadata
     if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):

@@ -5,8 +5,7 @@ RMSNorm is not a step of its own: the layer that adds to the residual stream als
 the next norm's weight, and the sums of their squares; the next layer multiplies with the former and scales
 its result by the latter, which a norm's division commutes with. Where the tiles are too few to fill the GPU,
 K is split; the program that finishes a tile last adds the splits up, always in the same order, and counts in
-the engine's state. So that the memory does not idle while one launch ends, the next begins and attention
-comes between them, a launch can ask the L2 cache for the beginning of the next layer's weight.
+the engine's state.
 """
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
@@ -26,75 +25,8 @@ SQUARES_WIDTH = tl.constexpr(32)
 """Columns of one sum of squares: the same whatever BLOCK_N is, so that BLOCK_N does not change a result."""
 ROW_TILES_PER_GROUP = tl.constexpr(8)
 """Row tiles that go through the columns together, so that memory is read once for all of them."""
-CACHE_LINE_BYTES = tl.constexpr(128)
-LINES_PER_PREFETCH = tl.constexpr(128)
-"""Cache lines that a program asks for at once, one a thread."""
 WHOLE_EPILOGUE = tl.constexpr(128 * 128)
 """Elements from which on a tile is finished by halves: its way to memory leads through shared memory."""
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""The interpreter has no inline assembly; a prefetch changes nothing that it could see."""
-
-
-@triton.jit
-def _prefetch(weight, program, programs, BYTES: tl.constexpr):
-    """Ask the L2 cache for one program's share of the first BYTES of ``weight``."""
-    LINES: tl.constexpr = BYTES // CACHE_LINE_BYTES
-    lines = tl.cdiv(LINES, programs * LINES_PER_PREFETCH) * LINES_PER_PREFETCH
-    base = weight.to(tl.pointer_type(tl.int8), bitcast=True)
-    for first in range(program * lines, min((program + 1) * lines, LINES), LINES_PER_PREFETCH):
-        line = tl.minimum(first + tl.arange(0, LINES_PER_PREFETCH), LINES - 1).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [base + line * CACHE_LINE_BYTES],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def _load(
-    x_tile,
-    w_tile,
-    tile,
-    end,
-    row_mask,
-    n_mask,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GUARDED: tl.constexpr,
-):
-    """Rows and weights of one tile of K, the gate's and the up projection's; zeros from ``end`` on."""
-    start = tile * BLOCK_K
-    x_mask = row_mask[:, None]
-    w_mask = n_mask[:, None]
-    if K % BLOCK_K != 0:
-        k_mask = (start + tl.arange(0, BLOCK_K) < K)[None, :]
-        x_mask = x_mask & k_mask
-        w_mask = w_mask & k_mask
-    if GUARDED:
-        k_end = tl.where(tile < end, BLOCK_K, 0)
-        x_mask = x_mask & (tl.arange(0, BLOCK_K) < k_end)[None, :]
-        w_mask = w_mask & (tl.arange(0, BLOCK_K) < k_end)[None, :]
-    w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
-    w_up = w
-    if GATED:
-        w_up = tl.load(w_tile + N * K + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
-    a = tl.load(x_tile + start, mask=x_mask, other=0.0)
-    return a, w, w_up
-
-
-@triton.jit
-def _multiply(a, w, acc, TRANSPOSED: tl.constexpr):
-    """``acc`` plus a @ w.T, or the transpose of that."""
-    if TRANSPOSED:
-        acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee")
-    else:
-        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
-    return acc
 
 
 @triton.jit
@@ -199,7 +131,6 @@ def linear(
     next_norm,
     bias,
     engine_state,
-    next_weight,
     num_rows,
     num_splits,
     out,
@@ -213,13 +144,10 @@ def linear(
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
-    PREFETCH_BYTES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """Compute one tile of ``out``, or one split of it.
 
@@ -234,7 +162,6 @@ def linear(
         next_norm: [N], weight of the norm that follows; not read unless RESIDUAL.
         bias: [N], or [2 * N] when GATED; not read unless BIAS.
         engine_state: lends a counter for each tile while there are splits.
-        next_weight: PREFETCH_BYTES or more of what the next layer reads; only prefetched.
         num_splits: parts of K, at most SPLITS.
         out: out, [num_rows, N]: silu(gate) * up when GATED.
         normed: out when RESIDUAL, [num_rows, N], ``out`` times ``next_norm``.
@@ -273,37 +200,22 @@ def linear(
     x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
     w_tile = weight + n.to(tl.int64)[:, None] * K + k[None, :]
 
-    if TRANSPOSED:
-        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if AHEAD:
-        a_next, w_next, up_next = _load(
-            x_tile, w_tile, begin, end, row_mask, n_mask, K, N, GATED, BLOCK_K, False
-        )
-        for tile in range(begin, end):
-            a, w, w_up = a_next, w_next, up_next
-            a_next, w_next, up_next = _load(
-                x_tile, w_tile, tile + 1, end, row_mask, n_mask, K, N, GATED, BLOCK_K, True
-            )
-            acc = _multiply(a, w, acc, TRANSPOSED)
-            if GATED:
-                up = _multiply(a, w_up, up, TRANSPOSED)
-    else:
-        for tile in range(begin, end):
-            a, w, w_up = _load(x_tile, w_tile, tile, end, row_mask, n_mask, K, N, GATED, BLOCK_K, False)
-            acc = _multiply(a, w, acc, TRANSPOSED)
-            if GATED:
-                up = _multiply(a, w_up, up, TRANSPOSED)
-    if TRANSPOSED:
-        acc = tl.trans(acc)
-        up = tl.trans(up)
-
-    if PREFETCH_BYTES > 0 and not INTERPRETED:
-        program = place_in_launch + split * row_tiles * COLUMNS
-        _prefetch(next_weight, program, row_tiles * COLUMNS * tl.num_programs(2), PREFETCH_BYTES)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for tile in range(begin, end):
+        start = tile * BLOCK_K
+        x_mask = row_mask[:, None]
+        w_mask = n_mask[:, None]
+        if K % BLOCK_K != 0:
+            x_mask = x_mask & (start + k < K)[None, :]
+            w_mask = w_mask & (start + k < K)[None, :]
+        w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            w_up = tl.load(w_tile + N * K + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
+        a = tl.load(x_tile + start, mask=x_mask, other=0.0)
+        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+        if GATED:
+            up = tl.dot(a, tl.trans(w_up), up, input_precision="ieee")
 
     if SPLITS > 1:
         if splits_used > 1:

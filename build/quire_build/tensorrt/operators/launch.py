@@ -56,6 +56,7 @@ class Launch:
         constants: its ``constexpr`` parameters.
         grid: programs along each axis.
         integers: its integer parameters.
+        max_registers: of a thread; the compiler's own choice where None.
     """
 
     kernel: Any
@@ -65,6 +66,7 @@ class Launch:
     integers: tuple[Any, ...]
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
 
 
 class Operator(Protocol):

@@ -18,8 +18,7 @@ class Linear:
     Inputs: x [T, k]; weight [n, k], twice as many rows when ``gated``; squares float32
     [T, k / SQUARES_WIDTH], read when ``normed``; residual [T, n] and next_norm [n], read when
     ``adds_residual``; bias, as many as weight has rows, read when ``biased``; engine_state, which lends
-    counters; next_weight, whose first ``prefetch_bytes`` bytes the L2 cache is asked for. Where an input is
-    not read, any will do.
+    counters. Where an input is not read, any will do.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
     squares, what the next normed layer reads; scratch for splits.
     """
@@ -32,7 +31,6 @@ class Linear:
     adds_residual: int
     biased: int
     wide_output: int
-    prefetch_bytes: int
 
     INPUTS: ClassVar[tuple[str, ...]] = (
         "x",
@@ -42,13 +40,12 @@ class Linear:
         "next_norm",
         "bias",
         "engine_state",
-        "next_weight",
     )
     NUM_OUTPUTS: ClassVar[int] = 4
 
     @property
     def _tiles(self) -> tuple[LinearTile, ...]:
-        return tiles(self.n, self.k, bool(self.gated), bool(self.wide_output))
+        return tiles(self.n, self.k, bool(self.gated))
 
     @property
     def num_tactics(self) -> int:
@@ -89,7 +86,6 @@ class Linear:
                 "next_norm": f"*{MODEL}",
                 "bias": f"*{MODEL}",
                 "engine_state": "*i64",
-                "next_weight": f"*{MODEL}",
                 "num_rows": "i32",
                 "num_splits": "i32",
                 "out": "*fp32" if self.wide_output else f"*{MODEL}",
@@ -105,13 +101,10 @@ class Linear:
                 "GATED": bool(self.gated),
                 "RESIDUAL": bool(self.adds_residual),
                 "BIAS": bool(self.biased),
-                "PREFETCH_BYTES": self.prefetch_bytes,
                 "SPLITS": tile.splits,
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "TRANSPOSED": tile.transposed,
-                "AHEAD": tile.ahead,
             },
             grid=(-(-self.n // tile.block_n), row_tiles, splits),
             integers=(rows, splits),

@@ -22,6 +22,8 @@ LONG_SPLIT = 1024
 """Keys of one split that is worth cutting again for the sake of balance."""
 MIN_SPLIT = 128
 """Keys that one program reads sooner than two agree on who combines what they read."""
+MAX_REGISTERS = 128
+"""Of a thread: four programs then run on one SM."""
 
 
 @dataclass(frozen=True)
@@ -161,4 +163,5 @@ class PagedAttend:
             grid=(tiles, self.num_kv_heads, splits),
             integers=(tokens, seqs, blocks_per_table, splits, few_splits, self.layer),
             num_stages=2,
+            max_registers=MAX_REGISTERS,
         )
