@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpu_plan import DTYPES, RandomWeights, Shape, build_random_plan
 from gpu_timing import Results
 from random_checkpoint import write_tokenizer
@@ -76,6 +77,7 @@ def serve_and_measure(
     repository: Path, streams: Sequence[int] = STREAMS, seconds: float = 10
 ) -> Iterator[dict[str, Any]]:
     """Serve a repository and yield a row for each number of streams; the first says how long loading took."""
+    torch.cuda.empty_cache()  # the server wants what this process has freed
     began = time.monotonic()
     with own_server(repository) as url, multiprocessing.get_context("spawn").Manager() as manager:
         yield {"ready_after_s": round(time.monotonic() - began, 1)}
