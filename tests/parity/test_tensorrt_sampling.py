@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 Floats = NDArray[np.float32]
 
-SMALL: dict[str, Any] = {"BLOCK": 256, "WIDE_BLOCK": 512, "CAPACITY": 128}
+SMALL: dict[str, Any] = {"BLOCK": 256, "CAPACITY": 128}
 """Sizes with which a vocabulary of a thousand takes every path that a hundred thousand takes on a GPU."""
 CLOSE = 1e-6
 """Share of the mass by which the reference's cumulative sums and the kernel's may differ."""
@@ -208,7 +208,7 @@ def test_garbage_parameters_still_give_a_token() -> None:
     garbage = [np.nan, -1.0, np.inf, -np.inf, 3e38, 1e-45, 0.5]
     sampling = np.array([rng.choice(garbage, 5) for _ in range(40)], dtype=np.float32)
     sampling[:7, 0] = garbage
-    got = run(rows_of(rng, 40, 300, 1.0), sampling, BLOCK=128, WIDE_BLOCK=256, CAPACITY=128)
+    got = run(rows_of(rng, 40, 300, 1.0), sampling, BLOCK=128, CAPACITY=128)
     assert ((got >= 0) & (got < 300)).all()
 
 

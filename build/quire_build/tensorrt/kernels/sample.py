@@ -37,6 +37,9 @@ STEPS_BY_DISTANCE = tl.constexpr(12)
 """Halvings of an interval by distance; candidates are spread more evenly over it than over keys."""
 STEPS_WITHOUT_EXTENT = tl.constexpr(8)
 """Halvings of the interval in passes over the row, two in each, before ties are suspected."""
+COPY_BLOCK = tl.constexpr(8192)
+"""Tokens looked at together where candidates are copied out; unlike BLOCK and CAPACITY, or the compiler gives
+the tensors here the layout that suits those."""
 SAMPLING_WIDTH = tl.constexpr(5)
 
 
@@ -59,9 +62,8 @@ def _measure(
     third_mass = tl.zeros([BLOCK], tl.float32)
     slot = tl.arange(0, BLOCK)
     logit = _load(row_logits, slot, float("-inf"), VOCAB_SIZE)
-    following = _load(row_logits, BLOCK + slot, float("-inf"), VOCAB_SIZE)
     for start in range(0, VOCAB_SIZE, BLOCK):
-        fetched = _load(row_logits, start + 2 * BLOCK + slot, float("-inf"), VOCAB_SIZE)
+        following = _load(row_logits, start + BLOCK + slot, float("-inf"), VOCAB_SIZE)
         distance = (best - logit) * inverse_temperature
         key = distance.to(tl.int32, bitcast=True)
         weight = tl.exp(-distance)
@@ -71,7 +73,7 @@ def _measure(
         first_mass += tl.where(key <= first, weight, 0.0)
         second_mass += tl.where(key <= second, weight, 0.0)
         third_mass += tl.where(key <= third, weight, 0.0)
-        logit, following = following, fetched
+        logit = following
     first_count = tl.sum(counts & 1023)
     return (
         tl.where(first == LAST_KEY, VOCAB_SIZE, first_count).to(tl.int64),
@@ -92,29 +94,31 @@ def _copy_candidates(
     last,
     candidates,
     VOCAB_SIZE: tl.constexpr,
-    WIDE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
-    """Copy the tokens whose key is in (above, last] out: their keys, then CAPACITY on their ids.
+    """Copy the tokens whose key is in (above, last] out, a key above its id in each int64.
 
     First each slot counts its own; then it knows where they go, and no slot waits for another.
+    Threads take single tokens, as the scattered stores need it: else all would be exchanged at each block.
     """
-    slot = tl.arange(0, WIDE_BLOCK)
-    held = tl.zeros([WIDE_BLOCK], tl.int32)
-    logit = _load(row_logits, slot, float("inf"), VOCAB_SIZE)  # whose distance has a negative key
-    for start in range(0, VOCAB_SIZE, WIDE_BLOCK):
-        following = _load(row_logits, start + WIDE_BLOCK + slot, float("inf"), VOCAB_SIZE)
+    slot = tl.arange(0, BLOCK)
+    held = tl.zeros([BLOCK], tl.int32)
+    logit = _load(
+        row_logits, tl.max_contiguous(slot, 1), float("inf"), VOCAB_SIZE
+    )  # whose distance has a negative key
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        following = _load(row_logits, tl.max_contiguous(start + BLOCK + slot, 1), float("inf"), VOCAB_SIZE)
         key = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True)
         held += tl.where((key > above) & (key <= last), 1, 0)
         logit = following
     place = tl.cumsum(held, 0) - held
-    logit = _load(row_logits, slot, float("inf"), VOCAB_SIZE)
-    for start in range(0, VOCAB_SIZE, WIDE_BLOCK):
-        following = _load(row_logits, start + WIDE_BLOCK + slot, float("inf"), VOCAB_SIZE)
+    logit = _load(row_logits, tl.max_contiguous(slot, 1), float("inf"), VOCAB_SIZE)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        following = _load(row_logits, tl.max_contiguous(start + BLOCK + slot, 1), float("inf"), VOCAB_SIZE)
         key = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True)
         chosen = (key > above) & (key <= last) & (place < CAPACITY)
-        tl.store(candidates + place, key, mask=chosen)
-        tl.store(candidates + CAPACITY + place, start + slot, mask=chosen)
+        tl.store(candidates + place, (key.to(tl.int64) << 32) | (start + slot), mask=chosen)
         place += tl.where(chosen, 1, 0)
         logit = following
     tl.debug_barrier()  # what some threads wrote, others read
@@ -122,21 +126,28 @@ def _copy_candidates(
 
 @triton.jit
 def _extent(
-    row_logits, best, inverse_temperature, above, last, VOCAB_SIZE: tl.constexpr, WIDE_BLOCK: tl.constexpr
+    row_logits, best, inverse_temperature, above, last, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The least and the greatest key in (above, last], where there is one."""
-    slot = tl.arange(0, WIDE_BLOCK)
-    least = tl.full([WIDE_BLOCK], LAST_KEY, tl.int32)
-    greatest = tl.full([WIDE_BLOCK], 0, tl.int32)
+    slot = tl.arange(0, BLOCK)
+    least = tl.full([BLOCK], LAST_KEY, tl.int32)
+    greatest = tl.full([BLOCK], 0, tl.int32)
     logit = _load(row_logits, slot, float("inf"), VOCAB_SIZE)
-    for start in range(0, VOCAB_SIZE, WIDE_BLOCK):
-        following = _load(row_logits, start + WIDE_BLOCK + slot, float("inf"), VOCAB_SIZE)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        following = _load(row_logits, start + BLOCK + slot, float("inf"), VOCAB_SIZE)
         key = ((best - logit) * inverse_temperature).to(tl.int32, bitcast=True)
         inside = (key > above) & (key <= last)
         least = tl.minimum(least, tl.where(inside, key, LAST_KEY))
         greatest = tl.maximum(greatest, tl.where(inside, key, 0))
         logit = following
     return tl.min(least), tl.max(greatest)
+
+
+@triton.jit
+def _candidates(candidates, place, count):
+    """Keys and ids of the candidates copied out; beyond their count the key is above LAST_KEY."""
+    both = tl.load(candidates + place, mask=place < count, other=-1, cache_modifier=".cg")
+    return tl.where(place < count, (both >> 32).to(tl.int32), LAST_KEY + 1), both.to(tl.int32)
 
 
 @triton.jit
@@ -199,7 +210,6 @@ def _draw(
     candidates,
     VOCAB_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDE_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     """Draw a token of one row whose best logit is finite and whose inverse temperature is positive."""
@@ -268,7 +278,7 @@ def _draw(
                     if passes >= STEPS_WITHOUT_EXTENT:
                         # So many in so short an interval have few keys, perhaps one.
                         nearest, last = _extent(
-                            row_logits, best, inverse_temperature, above, last, VOCAB_SIZE, WIDE_BLOCK
+                            row_logits, best, inverse_temperature, above, last, VOCAB_SIZE, BLOCK
                         )
                         above = nearest - 1
                     if last - above > 1:
@@ -325,7 +335,7 @@ def _draw(
                     tl.debug_barrier()  # the candidates before are no longer read
                     _copy_candidates(
                         row_logits, best, inverse_temperature, copied_above, last, candidates,
-                        VOCAB_SIZE, WIDE_BLOCK, CAPACITY,
+                        VOCAB_SIZE, COPY_BLOCK, CAPACITY,
                     )  # fmt: skip
                     copied_count = count - before_copied_count
                     found_copied = True
@@ -333,9 +343,7 @@ def _draw(
             key = last
             before_count, before_mass, equal_count = above_count, above_mass, count - above_count
             if found_copied:
-                candidate = tl.load(
-                    candidates + place, mask=place < copied_count, other=LAST_KEY + 1, cache_modifier=".cg"
-                )
+                candidate, _ = _candidates(candidates, place, copied_count)
                 weight = tl.exp(0.0 - tl.minimum(candidate, LAST_KEY).to(tl.float32, bitcast=True))
                 masses = (weight * MASS_UNIT).to(tl.int64)
                 packed = tl.where(place < copied_count, (masses << COUNT_BITS) + 1, 0)
@@ -375,9 +383,7 @@ def _draw(
 
     drawn = tl.full([], VOCAB_SIZE, tl.int32)
     if found_copied:
-        copied = place < copied_count
-        keys = tl.load(candidates + place, mask=copied, other=-1, cache_modifier=".cg")
-        ids = tl.load(candidates + CAPACITY + place, mask=copied, other=VOCAB_SIZE, cache_modifier=".cg")
+        keys, ids = _candidates(candidates, place, copied_count)
         ids = tl.where(keys == last_key, ids, VOCAB_SIZE)
         drawn = tl.min(ids)
         if nth > 0:
@@ -391,7 +397,7 @@ def _draw(
                 else:
                     below = middle
     else:
-        drawn = _nth_of_key(row_logits, best, inverse_temperature, last_key, nth, VOCAB_SIZE, WIDE_BLOCK)
+        drawn = _nth_of_key(row_logits, best, inverse_temperature, last_key, nth, VOCAB_SIZE, BLOCK)
     return tl.where((drawn >= 0) & (drawn < VOCAB_SIZE), drawn, best_id)
 
 
@@ -409,7 +415,6 @@ def sample(
     SAMPLED_IDS_OFFSET: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDE_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     """Choose the next token of one row, or help to find its best logit.
@@ -428,7 +433,6 @@ def sample(
         SAMPLED_IDS_OFFSET: of the sampled ids in engine_state, in int32; MAX_NUM_SEQS of them.
         MOST_SPLITS: a power of two, at most CAPACITY.
         BLOCK: tokens looked at together.
-        WIDE_BLOCK: the same where less is kept of each.
         CAPACITY: candidates that are copied out, at most; less than 2**COUNT_BITS.
     """
     split = tl.program_id(0)
@@ -489,10 +493,9 @@ def sample(
                 tl.load(chances + 2),
                 tl.load(chances + 3),
                 tl.load(chances + 4),
-                row_scratch,
+                row_scratch.to(tl.pointer_type(tl.int64), bitcast=True),
                 VOCAB_SIZE,
                 BLOCK,
-                WIDE_BLOCK,
                 CAPACITY,
             )
     tl.store(sampled_ids + row, chosen)

@@ -13,7 +13,6 @@ from quire_build.tensorrt.operators.launch import Arithmetic, Launch, Shape, pow
 PROGRAMS_WANTED = 128
 """Programs look for the rows' best logits together until about this many run; a power of two."""
 BLOCK = 4096
-WIDE_BLOCK = 8192
 CAPACITY = 2048
 
 
@@ -63,7 +62,6 @@ class Sample:
                 "SAMPLED_IDS_OFFSET": SAMPLED_IDS_BYTE // 4,
                 "MOST_SPLITS": PROGRAMS_WANTED,
                 "BLOCK": min(BLOCK, power_of_two(self.vocab_size)),
-                "WIDE_BLOCK": min(WIDE_BLOCK, power_of_two(self.vocab_size)),
                 "CAPACITY": CAPACITY,
             },
             grid=(splits, rows),
