@@ -30,26 +30,27 @@ WHOLE_EPILOGUE = tl.constexpr(128 * 128)
 
 
 @triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _halves(tile):
     """The left and the right half of the columns."""
-    return tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1)))
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
 
 
 @triton.jit
-def _store_partial(
-    plane, tile, row_mask, first_column, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Write one split of a tile to the columns of its plane of scratch."""
-    row = tl.arange(0, BLOCK_M)[:, None] * N
-    if BLOCK_M * BLOCK_N >= WHOLE_EPILOGUE // 2:
-        n = first_column + tl.arange(0, BLOCK_N // 2)[None, :]
-        left, right = _halves(tile, BLOCK_M, BLOCK_N)
-        tl.store(plane + row + n, left, mask=row_mask[:, None] & (n < N))
-        n += BLOCK_N // 2
-        tl.store(plane + row + n, right, mask=row_mask[:, None] & (n < N))
+def _store_partial(plane, acc, first_column, rows, N: tl.constexpr, GATED: tl.constexpr):
+    """Write one split of a tile to its plane of scratch; if GATED, the right half to the plane behind it."""
+    left, right = _halves(acc)
+    WIDTH: tl.constexpr = left.shape[1]
+    ROWS: tl.constexpr = acc.shape[0]
+    row = tl.arange(0, ROWS)[:, None]
+    n = first_column + tl.arange(0, WIDTH)[None, :]
+    tl.store(plane + row * N + n, left, mask=(row < rows) & (n < N))
+    if GATED:
+        plane += ROWS * N
     else:
-        n = first_column + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(plane + row + n, tile, mask=row_mask[:, None] & (n < N))
+        n += WIDTH
+    tl.store(plane + row * N + n, right, mask=(row < rows) & (n < N))
 
 
 @triton.jit
@@ -198,38 +199,35 @@ def linear(
         begin = split * tiles_per_split
         end = min(begin + tiles_per_split, K_TILES)
     x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
-    w_tile = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    # The up projection's rows come behind the gate's, in one product with them.
+    PARTS: tl.constexpr = 2 if GATED else 1
+    of_tile = tl.arange(0, PARTS * BLOCK_N)
+    w_n = column * BLOCK_N + of_tile % BLOCK_N
+    w_tile = weight + (of_tile // BLOCK_N * N + w_n).to(tl.int64)[:, None] * K + k[None, :]
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
     for tile in range(begin, end):
         start = tile * BLOCK_K
         x_mask = row_mask[:, None]
-        w_mask = n_mask[:, None]
+        w_mask = (w_n < N)[:, None]
         if K % BLOCK_K != 0:
             x_mask = x_mask & (start + k < K)[None, :]
             w_mask = w_mask & (start + k < K)[None, :]
         w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
-        if GATED:
-            w_up = tl.load(w_tile + N * K + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
         a = tl.load(x_tile + start, mask=x_mask, other=0.0)
         acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
-        if GATED:
-            up = tl.dot(a, tl.trans(w_up), up, input_precision="ieee")
 
     if SPLITS > 1:
         if splits_used > 1:
             mask = row_mask[:, None] & n_mask[None, :]
             place = tl.arange(0, BLOCK_M)[:, None] * N + n[None, :]
-            PLANE: tl.constexpr = BLOCK_M * N * (2 if GATED else 1)
+            PLANE: tl.constexpr = PARTS * BLOCK_M * N
             # As many splits as leave room for what is read of them in registers.
             FEW: tl.constexpr = 2 if BLOCK_M * BLOCK_N < 8192 else 1
             AT_ONCE: tl.constexpr = SPLITS if SPLITS * BLOCK_M * BLOCK_N <= 8192 else FEW
             planes = partial + row_tile * num_splits * PLANE
-            _store_partial(planes + split * PLANE, acc, row_mask, column * BLOCK_N, N, BLOCK_M, BLOCK_N)
-            if GATED:
-                up_plane = planes + split * PLANE + BLOCK_M * N
-                _store_partial(up_plane, up, row_mask, column * BLOCK_N, N, BLOCK_M, BLOCK_N)
+            rows = num_rows - row_tile * BLOCK_M
+            _store_partial(planes + split * PLANE, acc, column * BLOCK_N, rows, N, GATED)
             tl.debug_barrier()  # every thread's stores come before the count
             counters = engine_state.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_OFFSET
             counter = counters + row_tile * COLUMNS + column
@@ -254,19 +252,20 @@ def linear(
             )  # fmt: skip
             return
 
-    if BLOCK_M * BLOCK_N >= WHOLE_EPILOGUE:
-        acc, acc_right = _halves(acc, BLOCK_M, BLOCK_N)
-        up, up_right = _halves(up, BLOCK_M, BLOCK_N)
+    if not GATED and BLOCK_M * BLOCK_N >= WHOLE_EPILOGUE:
+        left, right = _halves(acc)
         _finish(
-            acc, up, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
+            left, left, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
             normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _finish(
-            acc_right, up_right, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual,
-            next_norm, bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M,
-            BLOCK_N // 2,
+            right, right, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual, next_norm, bias,
+            out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
+        up = acc
+        if GATED:
+            acc, up = _halves(acc)
         _finish(
             acc, up, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
             normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
