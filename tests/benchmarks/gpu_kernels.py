@@ -47,9 +47,8 @@ READ_BYTES = 256 << 20
 MOST_LAUNCHES = 128
 SPARED_BYTES = 12 << 30
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"maxnreg": 128},
     {"FEW_KEYS": 32, "FEW_STAGES": 3},
-    {"FEW_KEYS": 32, "FEW_STAGES": 3, "maxnreg": 128},
+    {"max_registers": None},
     {"MIN_SPLIT": 64},
     {"MIN_SPLIT": 256},
     {"MIN_SPLIT": 512},
@@ -61,7 +60,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"ROW_KEYS": 16, "ROW_STAGES": 3},
     {"ROW_KEYS": 64, "ROW_STAGES": 1},
 )
-"""Constants of the kernel, options of its compilation, and the operator's wish for programs."""
+"""Constants of the kernel, fields of its launch, and the operator's wish for programs."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,8 @@ def prepare(
         launch,
         constants={name: settings.get(name, value) for name, value in launch.constants.items()},
         num_warps=settings.get("num_warps", launch.num_warps),
+        max_registers=settings.get("max_registers", launch.max_registers),
     )
-    options = {name: value for name, value in settings.items() if name == "maxnreg"}
     types = {MODEL: torch.bfloat16, "fp32": torch.float32, "i32": torch.int32}
     outputs = [torch.empty(shape, dtype=types[element], device="cuda") for shape, element in described]
 
@@ -156,7 +155,7 @@ def prepare(
             **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
-            **options,
+            maxnreg=launch.max_registers,
         )
 
     return run, outputs

@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,13 @@ ROWS = (64, 128, 256, 32, 16, 1, 512, 2048, 8192)
 MOST_LOGITS = 512
 PROGRAMS = (528, 264)
 """Programs that splits aim at, at most: four and two for each SM of a Hopper GPU."""
+LARGEST_SPLIT_TILE = 128 * 128
+"""Elements: adding splits up wants registers besides the tile's own."""
 
 PLAIN_SHAPES = (
-    (128, 64, 64, 4, 2), (128, 256, 16, 8, 4), (64, 128, 32, 4, 4), (128, 64, 32, 4, 4), (256, 128, 16, 8, 4),
+    (128, 64, 64, 4, 2), (32, 64, 64, 4, 5), (32, 32, 128, 4, 4), (128, 256, 16, 8, 4), (256, 128, 16, 8, 4),
 )  # fmt: skip
-GATED_SHAPES = (
-    (128, 64, 32, 4, 3), (32, 64, 64, 4, 3), (128, 128, 16, 8, 4), (128, 32, 64, 4, 2), (64, 64, 32, 4, 4),
-)  # fmt: skip
+GATED_SHAPES = ((32, 64, 64, 4, 3), (128, 64, 32, 4, 3), (128, 32, 64, 4, 2), (16, 64, 64, 4, 3))
 """Rows, columns and depth of a tile, warps, stages: candidates besides those that are in use."""
 
 
@@ -77,11 +77,14 @@ def candidates(kind: str) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
     layer = KINDS[kind]
     found = list(tiles(layer.n, layer.k, bool(layer.gated)))
+    shapes = [astuple(tile)[1:] for tile in found] + list(GATED_SHAPES if layer.gated else PLAIN_SHAPES)
     for programs in PROGRAMS:
-        for shape in GATED_SHAPES if layer.gated else PLAIN_SHAPES:
-            _, block_n, block_k, _, _ = shape
+        for shape in shapes:
+            block_m, block_n, block_k, _, _ = shape
             columns = -(-layer.n // block_n)
             most = min(layer.k // (2 * block_k), 2 * NUM_COUNTERS // columns)
+            if block_m * block_n > LARGEST_SPLIT_TILE:
+                most = 1
             tile = LinearTile(max(1, min(programs // columns, most)), *shape)
             if tile not in found:
                 found.append(tile)

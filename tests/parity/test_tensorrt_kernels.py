@@ -339,21 +339,23 @@ operators = [
     (PagedAttend(**(pool | dict(head_dim=256)), **attend, num_pools=1, num_heads=16, num_kv_heads=8), rows),
     (StepBegin(128256, 2, 2, 60000, 256), [(64,)]),
 ]
-for arch in (80, 89, 90):
-    for operator, shapes in operators:
-        launch = operator.launch(shapes, PlainArithmetic())
-        types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
-        assert list(types) == launch.kernel.arg_names[: len(types)]
-        compiled = compile_kernel(
-            launch.kernel, types, launch.constants, arch=arch,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, max_registers=launch.max_registers,
-        )
-        assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
-        if isinstance(operator, KvWrite):
-            assert "ld.global.v4" in compiled.ptx, "narrow loads"
-        if isinstance(operator, PagedAttend):
-            assert "cp.async.cg.shared.global" in compiled.ptx, "keys are not fetched ahead"
-        print(arch, compiled.name, compiled.threads, compiled.shared_bytes)
+cases = [(90, case) for case in operators] + [(80, operators[1]), (89, operators[3])]
+for arch, (operator, shapes) in cases:
+    launch = operator.launch(shapes, PlainArithmetic())
+    types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
+    assert list(types) == launch.kernel.arg_names[: len(types)]
+    compiled = compile_kernel(
+        launch.kernel, types, launch.constants, arch=arch,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, max_registers=launch.max_registers,
+    )
+    assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
+    assert (".maxnreg 128" in compiled.ptx) == (launch.max_registers == 128)
+    if isinstance(operator, KvWrite):
+        assert "ld.global.v4" in compiled.ptx, "narrow loads"
+    if isinstance(operator, PagedAttend):
+        assert "cp.async.cg.shared.global" in compiled.ptx, "keys are not fetched ahead"
+        assert (launch.max_registers == 128) == (operator.head_dim == 128)
+    print(arch, compiled.name, compiled.threads, compiled.shared_bytes)
 """
 
 
@@ -365,4 +367,4 @@ def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
         [sys.executable, "-c", PTX_SCRIPT], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 15
+    assert len(done.stdout.splitlines()) == 7

@@ -24,7 +24,6 @@ PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
     "normed": {"normed": 1, "biased": 1},
     "residual": {"adds_residual": 1},
     "gated": {"normed": 1, "gated": 1, "biased": 1},
@@ -32,7 +31,6 @@ KINDS: dict[str, dict[str, Any]] = {
 TILES = (
     LinearTile(splits=4, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3),
     LinearTile(splits=5, block_m=32, block_n=64, block_k=16, num_warps=4, num_stages=3),
-    LinearTile(splits=2, block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=1),
     LinearTile(splits=1, block_m=64, block_n=256, block_k=64, num_warps=8, num_stages=3),
 )
 """Split into many and few, and finished by halves; none of them fits the layers below."""
@@ -73,7 +71,7 @@ def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> No
     torch.testing.assert_close(outputs[0], expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17, 70])
+@pytest.mark.parametrize("rows", [1, 17, 70])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int) -> None:
     """In the same state one after another, so that a counter left behind by one would spoil the next."""
@@ -137,27 +135,25 @@ PTX_SCRIPT = """
 from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
-flags = dict(epsilon=1e-5, biased=1)
-layers = [
-    Linear(k=4096, n=6144, normed=1, gated=0, adds_residual=0, wide_output=0, **flags),
-    Linear(k=14336, n=4096, normed=0, gated=0, adds_residual=1, wide_output=0, **flags),
-    Linear(k=4096, n=14336, normed=1, gated=1, adds_residual=0, wide_output=0, **flags),
-    Linear(k=4096, n=128256, normed=1, gated=0, adds_residual=0, wide_output=1, **flags),
-]
-for arch, some in ((80, layers[1:2]), (89, layers[2:3]), (90, layers)):
-    for layer in some:
-        for tactic in range(layer.num_tactics):
-            launch = layer.launch([(64, layer.k)], PlainArithmetic(), tactic)
-            compiled = compile_kernel(
-                launch.kernel,
-                {name: kind.replace("model", "bf16") for name, kind in launch.types.items()},
-                launch.constants, arch=arch, num_warps=launch.num_warps, num_stages=launch.num_stages,
-            )
-            assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
-            assert "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
-            if arch == 90 and launch.constants["BLOCK_M"] >= 64:
-                assert "wgmma" in compiled.ptx
-            print(arch, layer.n, tactic, compiled.shared_bytes)
+flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1)
+plain = Linear(gated=0, adds_residual=1, wide_output=0, **flags)
+gated = Linear(gated=1, adds_residual=0, wide_output=0, **flags)
+wide = Linear(gated=0, adds_residual=0, wide_output=1, **flags)
+cases = [(90, plain, tactic) for tactic in range(plain.num_tactics)]
+cases += [(90, gated, tactic) for tactic in range(gated.num_tactics)]
+cases += [(90, wide, wide.num_tactics - 1), (80, plain, plain.num_tactics - 1), (89, gated, 1)]
+for arch, layer, tactic in cases:
+    launch = layer.launch([(64, layer.k)], PlainArithmetic(), tactic)
+    compiled = compile_kernel(
+        launch.kernel,
+        {name: kind.replace("model", "bf16") for name, kind in launch.types.items()},
+        launch.constants, arch=arch, num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )
+    assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
+    assert "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
+    if arch == 90 and launch.constants["BLOCK_M"] >= 64:
+        assert "wgmma" in compiled.ptx
+    print(arch, layer.n, tactic, compiled.shared_bytes)
 """
 
 

@@ -200,7 +200,7 @@ def test_write_and_attend_are_rope_and_paged_attention(name: str) -> None:
 
 def test_write_and_attend_over_random_steps() -> None:
     rng = np.random.default_rng(11)
-    for seed in range(4):
+    for seed in range(3):
         group, kv_heads = int(rng.integers(1, 6)), int(rng.integers(1, 3))
         model = Model(group * kv_heads, kv_heads, 16, 8, 1, window=int(rng.choice([0, 0, 20])))
         seqs = int(rng.integers(1, 5))
@@ -215,7 +215,7 @@ def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else() -> No
     rng = np.random.default_rng(12)
     model = Model(4, 2, 16, 8, layers=1)
     most = 2**31 - 1
-    for attempt in range(12):
+    for attempt in range(6):
         pool = CutPool(model, 12, 1 + attempt % 3, attempt)
         state = new_state(12)
         pool.begin(state, 12)

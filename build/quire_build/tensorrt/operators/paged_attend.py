@@ -23,7 +23,7 @@ LONG_SPLIT = 1024
 MIN_SPLIT = 128
 """Keys that one program reads sooner than two agree on who combines what they read."""
 MAX_REGISTERS = 128
-"""Of a thread: four programs then run on one SM."""
+"""Of a thread: four programs then run on one SM. Heads too long for full tiles would not fit."""
 
 
 @dataclass(frozen=True)
@@ -163,5 +163,5 @@ class PagedAttend:
             grid=(tiles, self.num_kv_heads, splits),
             integers=(tokens, seqs, blocks_per_table, splits, few_splits, self.layer),
             num_stages=2,
-            max_registers=MAX_REGISTERS,
+            max_registers=MAX_REGISTERS if self._row_bytes <= 256 else None,
         )
