@@ -61,7 +61,7 @@ class PlanDetails(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the numerics gate measured between the engine and the torch module; docs/precision.md defines it."""
+    """What the numerics gate measured between engine and torch module; docs/precision.md defines it."""
 
     positions: int = 0
     """Rows of logits that were compared; 0 before the gate has run."""
