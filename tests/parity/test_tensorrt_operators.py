@@ -94,7 +94,9 @@ class CutPool:
         block, header = math.prod(model.block_shape), POOL_HEADER_BYTES // 4
         size = num_pools * (self.per_pool * block + header + self.GUARD)
         self.buffer = torch.randn(size, generator=generator)
-        self.parts, self._blocks, at = [], [], 0
+        self.parts: list[torch.Tensor] = []
+        self._blocks: list[torch.Tensor] = []
+        at = 0
         # The parts lie in the buffer in reverse order: offsets may be negative.
         for i in reversed(range(num_pools)):
             first = header if i else 0
@@ -222,11 +224,11 @@ def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else() -> No
         if attempt % 4 == 0:
             state[0] = int(rng.choice([0, -5, 2**62]))
         seqs, tokens, blocks = 3, 9, 4
-        draw = [
-            lambda shape: torch.zeros(shape, dtype=torch.int32),
-            lambda shape: torch.from_numpy(rng.integers(-most, most, shape).astype(np.int32)),
-            lambda shape: torch.from_numpy(rng.integers(-3, 15, shape).astype(np.int32)),
-        ][attempt % 3]
+        low, high = ((0, 1), (-most, most), (-3, 15))[attempt % 3]
+
+        def draw(shape: tuple[int, ...], low: int = low, high: int = high) -> torch.Tensor:
+            return torch.from_numpy(rng.integers(low, high, shape, dtype=np.int32))
+
         qkv, table = torch.ones(tokens, 8 * 16), torch.ones(MAX_POSITIONS, 16)
         before = pool.buffer.clone()
         positions, slots = draw((tokens,)), draw((tokens,))

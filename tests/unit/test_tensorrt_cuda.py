@@ -40,7 +40,7 @@ def test_bytes_go_to_the_gpu_and_come_back(device: CudaDevice) -> None:
 
 def test_rows_are_set_apart(device: CudaDevice) -> None:
     address, source, target = device.allocate(64), device.pinned(24), device.pinned(64)
-    matrix = np.ndarray((3, 2), np.int32, source)
+    matrix = source.view(np.int32).reshape(3, 2)
     matrix[:] = [[1, 2], [3, 4], [5, 6]]
     device.clear(address, 64)
     device.copy_rows_in(address, 16, matrix)

@@ -70,7 +70,7 @@ class StandIn:
 @pytest.fixture
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
-    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
     return stand_in
 
 
@@ -147,7 +147,7 @@ def test_a_changed_plan_is_refused(engine_dir: Path, tensorrt: StandIn) -> None:
 def test_without_tensorrt_the_error_says_what_to_install(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(StartupError, match="pip install tensorrt"):
         TensorRTPlan(engine_dir, FakeDevice())
 
@@ -182,13 +182,15 @@ def test_the_scheduler_loads_a_plan_with_this_starts_settings(
 ) -> None:
     given: dict[str, Any] = {}
 
-    def load(directory: Path, **arguments: Any) -> str:
+    executor = object()
+
+    def load(directory: Path, **arguments: Any) -> object:
         given.update(arguments, directory=directory)
-        return "the executor"
+        return executor
 
     monkeypatch.setattr("quire.execution.tensorrt.load_plan", load)
     settings = ServingSettings(kv_cache_bytes=5000, gpu_memory_utilization=70).within(LIMITS)
-    assert load_executor(engine_dir, settings) == "the executor"
+    assert load_executor(engine_dir, settings) is executor
     assert given == {
         "directory": engine_dir,
         "kv_cache_bytes": 5000,
@@ -214,6 +216,6 @@ def test_without_a_gpu_the_error_is_cudas(engine_dir: Path) -> None:
 def test_without_cuda_bindings_the_error_says_what_to_install(
     engine_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(StartupError, match="pip install cuda-bindings"):
         load_plan(engine_dir)
