@@ -86,9 +86,17 @@ def build(
     ] = None,
     frontends: Annotated[int, typer.Option(min=1, help="Processes that receive and send text.")] = 2,
     engine: Annotated[
-        EnginePlacement,
-        typer.Option(help="A Triton model, or in the scheduler's process: faster for small models."),
-    ] = EnginePlacement.HOSTED,
+        EnginePlacement | None,
+        typer.Option(
+            help="A Triton model, or in the scheduler's process; default: hosted on CPUs, in-process on GPUs."
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=0.99, help="Share of the GPU's memory that a hosted TensorRT engine is made for."
+        ),
+    ] = 0.9,
     gate_text: Annotated[
         Path | None, typer.Option(help="Held-out text for the numerics gate; default: random tokens.")
     ] = None,
@@ -115,6 +123,7 @@ def build(
             max_model_len=max_model_len,
             frontends=frontends,
             engine=engine,
+            gpu_memory_utilization=round(100 * gpu_memory_utilization),
             gate_text=gate_text,
             accept_numerics=accept_numerics,
             force=force,

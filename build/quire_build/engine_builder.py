@@ -63,12 +63,14 @@ class EngineBuilder(Protocol):
         block_size: tokens in a block of the pool.
         kv_element_bytes: bytes of one element of the pool, by the precisions that there are.
         reference_device: where torch runs the module that the engine is held against.
+        default_placement: where its engines run unless the build says otherwise.
     """
 
     runtime: Runtime
     block_size: int
     kv_element_bytes: Mapping[Precision, int]
     reference_device: str
+    default_placement: EnginePlacement
 
     def version(self) -> str:
         """The runtime's version.

@@ -11,7 +11,7 @@ import msgspec
 from quire.errors import BuildError
 from quire.execution.executor import Executor
 from quire.execution.manifest import Manifest, Precision, Runtime
-from quire.interface import STEP_INPUTS
+from quire.interface import STEP_INPUTS, EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.engine_builder import INSTALL_HINT, BuiltEngine, EngineOptions, Progress
 from quire_build.workload import Workload
@@ -25,6 +25,7 @@ class OpenVINOBuilder:
     """The only size that OpenVINO's CPU kernel takes."""
     kv_element_bytes: Mapping[Precision, int] = {"float32": 4, "bf16": 2}
     reference_device = "cpu"
+    default_placement = EnginePlacement.HOSTED
 
     def version(self) -> str:
         """OpenVINO's version."""

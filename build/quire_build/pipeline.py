@@ -32,7 +32,7 @@ from quire.execution.manifest import (
 from quire.interface import EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder_config import DecoderConfig
-from quire_build.engine_builder import INSTALL_HINT, BuiltEngine, EngineBuilder, EngineOptions, Progress
+from quire_build.engine_builder import BuiltEngine, EngineBuilder, EngineOptions, Progress
 from quire_build.gate import compare, describe, enforce, gate_workload, text_workload
 from quire_build.openvino_engine import OpenVINOBuilder
 from quire_build.repository import (
@@ -89,7 +89,7 @@ def build(
     max_num_batched_tokens: int = 2048,
     max_model_len: int | None = None,
     frontends: int = DEFAULT_FRONTENDS,
-    engine: EnginePlacement = EnginePlacement.HOSTED,
+    engine: EnginePlacement | None = None,
     gpu_memory_utilization: int = 90,
     gate_text: Path | None = None,
     accept_numerics: bool = False,
@@ -107,7 +107,8 @@ def build(
         max_num_batched_tokens: tokens in one step, at most.
         max_model_len: tokens of prompt and output together, at most; None takes what the model allows.
         frontends: processes that parse, tokenise and stream.
-        engine: whether the engine is a Triton model or runs in the scheduler's process.
+        engine: whether the engine is a Triton model or runs in the scheduler's process; None takes the
+            runtime's default.
         gpu_memory_utilization: percent of the GPU's memory that a plan hosted by Triton is built to take.
         gate_text: held-out text for the numerics gate; None has it run on random tokens.
         accept_numerics: publish an engine that is beyond the gate's thresholds; its manifest says so.
@@ -137,6 +138,7 @@ def build(
         raise BuildError(
             f"precision is {precision!r}; for runtime {runtime} it must be one of {', '.join(precisions)}"
         )
+    engine = engine or builder.default_placement
     options = EngineOptions(precision, limits, engine, gpu_memory_utilization)
     record = BuildRecord(
         quire_version=quire.__version__,
@@ -181,7 +183,9 @@ def _build_engine(
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
-        raise BuildError(f"building needs the package {error.name}; {INSTALL_HINT}") from error
+        raise BuildError(
+            f"building needs the package {error.name}; install it with `pip install 'quire[build]'`"
+        ) from error
     built = builder.build(source, options, directory, progress)
     manifest = _manifest(source.config, record, built, directory)
     write_manifest(manifest, directory)

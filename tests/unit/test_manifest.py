@@ -47,6 +47,19 @@ def test_a_manifest_reads_as_it_was_written_and_its_files_hold(manifest: Manifes
     verify_files(manifest, tmp_path)
 
 
+def test_a_digest_is_of_every_byte_and_of_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire.execution.manifest.DIGEST_PIECE_BYTES", 8)
+    contents = [b"", b"\0", b"12345678", b"1234567812345678", b"1234567912345678", b"1234567812345679"]
+    path, digests = tmp_path / "file", set()
+    for content in contents:
+        path.write_bytes(content)
+        assert file_digest(path) == file_digest(path)
+        digests.add(file_digest(path))
+    assert len(digests) == len(contents)
+
+
 def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"cannot read .*engine\.json.*quire build"):
         read_manifest(tmp_path)

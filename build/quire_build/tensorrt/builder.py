@@ -44,6 +44,7 @@ class TensorRTBuilder:
     block_size = 16
     kv_element_bytes: Mapping[Precision, int] = {"bf16": 2, "fp16": 2}
     reference_device = "cuda"
+    default_placement = EnginePlacement.IN_PROCESS
 
     def version(self) -> str:
         """TensorRT's version."""
