@@ -2,9 +2,7 @@
 
 TensorRT-RTX builds engines without a GPU, but its networks take no plugins. So each of our operators is cut
 out: what it reads becomes an output, what it makes an input. The rest (gathers, casts, sums of squares,
-weights, shapes, profiles) is what `NetworkWriter` writes. Runs where these two are installed:
-
-    pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings
+weights, shapes, profiles) is what `NetworkWriter` writes.
 """
 
 # mypy: disable-error-code="import-not-found"
