@@ -1,10 +1,11 @@
 """Numbers of few bits: what quantised weights, activations and KV are, and the decoder as they make it.
 
-A weight [n, k] becomes int8 or float8 (e4m3) with one float32 scale for each output channel n, so that a
-kernel multiplies the narrow numbers, exact in bf16, and scales its accumulator once. Activations have one
-scale for the whole tensor, found by calibration, or one for each token, found as it comes. The decoders made
-here compute in float32 on numbers rounded as an engine of that precision rounds them: the numerics gate
-measures with them what a precision costs, and engines are held against them.
+A weight [n, k] becomes int8 or float8 (e4m3). A kernel multiplies the narrow numbers, exact in bf16, and
+scales its accumulator. Plans have int8 with one scale for each output channel n and `WEIGHT_GROUP` inputs;
+one scale for the whole channel and float8 are here to be measured. Activations have one scale for the whole
+tensor, found by calibration, or one for each token, found as it comes. The decoders made here compute in
+float32 on numbers rounded as an engine of that precision rounds them: the numerics gate measures with them
+what a precision costs, and holds a plan of int8 against a decoder rounded like it.
 """
 
 from __future__ import annotations
@@ -27,20 +28,29 @@ LARGEST: Mapping[NarrowType, float] = {"int8": 127.0, "fp8": 448.0}
 DTYPES: Mapping[NarrowType, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 KEPT = ("lm_head",)
 """Linear layers that are never quantised: the head's errors go straight into the logits."""
+WEIGHT_GROUP = 64
+"""Inputs of an output channel that share a scale, in a plan; the last group of a channel may be shorter."""
+_ELEMENTS_AT_ONCE = 1 << 22
+"""Of a weight that is quantised, widened to float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight of few bits: `values` [n, k] times `scales` [n]."""
+    """A weight of few bits: `values` [n, k] times `scales` [n], or [n, k / group] by groups of inputs."""
 
     values: Tensor
     """int8 or float8_e4m3fn."""
     scales: Tensor
-    """float32."""
+    """float32; by groups, the type that an engine reads."""
+    group: int = 0
+    """Inputs that share a scale; 0 if all of a channel do."""
 
     def dequantized(self) -> Tensor:
         """float32 [n, k]."""
-        return self.values.float() * self.scales[:, None]
+        scales = self.scales.float()
+        if not self.group:
+            return self.values.float() * scales[:, None]
+        return self.values.float() * scales.repeat_interleave(self.group, 1)[:, : self.values.shape[1]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,35 @@ def quantize_weights(weight: Tensor, narrow: NarrowType, amax: Tensor | None = N
         amax = weight.abs().amax(1)
     scales = torch.where(amax > 0, amax.float() / LARGEST[narrow], 1.0)
     return QuantizedWeight(_narrowed(weight / scales[:, None], narrow), scales)
+
+
+def quantize_in_groups(
+    weight: Tensor, narrow: NarrowType, scale_dtype: torch.dtype, group: int = WEIGHT_GROUP
+) -> QuantizedWeight:
+    """Quantise a weight [n, k], symmetric, each `group` inputs of an output channel by themselves.
+
+    Some rows at a time, so that beside the weight and the result little memory is needed.
+
+    Args:
+        weight: any floating-point type.
+        narrow: the type to quantise to.
+        scale_dtype: of the scales. Numbers are chosen for the rounded scales, which so cost nothing.
+        group: inputs that share a scale; the last group is shorter where it does not divide k.
+    """
+    n, k = weight.shape
+    groups = -(-k // group)
+    values = torch.empty(n, k, dtype=DTYPES[narrow])
+    scales = torch.empty(n, groups, dtype=scale_dtype)
+    rows = max(1, _ELEMENTS_AT_ONCE // k)
+    for first in range(0, n, rows):
+        part = weight[first : first + rows].float()
+        padded = nn.functional.pad(part, (0, groups * group - k)).view(len(part), groups, group)
+        scale = (padded.abs().amax(2) / LARGEST[narrow]).to(scale_dtype)
+        scale[scale == 0] = 1.0
+        narrowed = _narrowed(padded / scale.float()[:, :, None], narrow)
+        values[first : first + rows] = narrowed.view(len(part), -1)[:, :k]
+        scales[first : first + rows] = scale
+    return QuantizedWeight(values, scales, group)
 
 
 def quantized_linears(decoder: Decoder) -> dict[str, nn.Linear]:

@@ -38,6 +38,7 @@ WEIGHT_BYTES = 600 << 20
 """Of one kind's weights together: many times the L2 cache."""
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
+    "weight_group": 0,
 }  # fmt: skip
 KINDS = {
     "qkv": Linear(k=HIDDEN, n=6144, **(PLAIN | {"normed": 1})),
@@ -174,7 +175,7 @@ class Bench:
         if self._scratch.numel() < wanted:
             self._scratch = torch.empty(wanted, device="cuda")
         arguments = [
-            x, weight, inputs["squares"], inputs["residual"], inputs["next_norm"], x, self.state,
+            x, weight, inputs["squares"], inputs["residual"], inputs["next_norm"], x, x, self.state,
             *launch.integers, *outputs, self._scratch,
         ]  # fmt: skip
         return functools.partial(

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
+    "weight_group": 0,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "normed": {"normed": 1, "biased": 1},
@@ -48,7 +49,7 @@ def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> No
     squares = x.square().view(rows, -1, 32).sum(-1)
     residual, gain = random(generator, rows, n), random(generator, n)
     bias = random(generator, n * (1 + layer.gated))
-    inputs = [x, weight, squares, residual, gain, bias, state]
+    inputs = [x, weight, squares, residual, gain, bias, x, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
     outputs[3] = torch.full((tile.splits * tile.block_m * n * (1 + layer.gated),), math.nan)
@@ -87,7 +88,7 @@ def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     x, weight = random(generator, 5, 40), random(generator, 96, 40)
-    inputs = [x, weight, x, x, x, x, state]
+    inputs = [x, weight, x, x, x, x, x, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     gate, up = (x @ weight.T).chunk(2, dim=-1)
     for tactic in range(layer.num_tactics):
@@ -126,7 +127,7 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
     tile = LinearTile(splits=2, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3)
     launch = layer.launch_in(tile, [x.shape, weight.shape], PlainArithmetic())
     launch.kernel[(1, 1, 1)](
-        x, weight, x, x, x, x, state, *launch.integers, *outputs, **launch.constants
+        x, weight, x, x, x, x, x, state, *launch.integers, *outputs, **launch.constants
     )  # fmt: skip
     assert state.view(torch.int32).nonzero().flatten().tolist() == [COUNTERS_BYTE // 4]
 
@@ -135,7 +136,7 @@ PTX_SCRIPT = """
 from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
-flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1)
+flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1, weight_group=0)
 plain = Linear(gated=0, adds_residual=1, wide_output=0, **flags)
 gated = Linear(gated=1, adds_residual=0, wide_output=0, **flags)
 wide = Linear(gated=0, adds_residual=0, wide_output=1, **flags)

@@ -86,7 +86,7 @@ def run_node(
     attributes: dict[str, Any],
 ) -> tuple[Array, ...]:
     """Run one of our operators on float32; `inputs` are the node's, and what a plan adds to them."""
-    flags = {"normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0}
+    flags = {"normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0, "weight_group": 0}
     values = flags | POOL_OF_ONE | attributes
     # The evaluator hands in numpy scalars.
     types = get_type_hints(kind)
@@ -135,7 +135,7 @@ class Linear(OpRun):
     op_domain = "quire"
 
     def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
-        return run_node(operators.Linear, self.onnx_node, [*inputs, new_state()], attributes)
+        return run_node(operators.Linear, self.onnx_node, [*inputs, None, new_state()], attributes)
 
 
 class Sample(OpRun):

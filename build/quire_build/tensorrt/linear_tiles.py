@@ -38,7 +38,7 @@ class LinearTile:
     num_stages: int
 
 
-def tiles(n: int, k: int, gated: bool) -> tuple[LinearTile, ...]:
+def tiles(n: int, k: int, gated: bool, weight_group: int = 0) -> tuple[LinearTile, ...]:
     """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first.
 
     All fit the shared memory that a plan's kernels have while weights and rows are of two bytes an element.

@@ -196,14 +196,16 @@ class NetworkWriter:
     def _add_linear(self, node: NodeProto) -> None:
         x = self._tensor(node.input[0])
         inputs = [self._tensor(name) if name else x for name in node.input]
+        scales = x
         self._add_own(
             node,
-            [*inputs, self._tensors[STATE]],
+            [*inputs, scales, self._tensors[STATE]],
             normed=0,
             epsilon=0.0,
             gated=0,
             adds_residual=0,
             wide_output=0,
+            weight_group=0,
         )
 
     def _add_sample(self, node: NodeProto) -> None:

@@ -6,6 +6,9 @@ the next norm's weight, and the sums of their squares; the next layer multiplies
 its result by the latter, which a norm's division commutes with. Where the tiles are too few to fill the GPU,
 K is split; the program that finishes a tile last adds the splits up, always in the same order, and counts in
 the engine's state.
+
+Weights of eight bits halve the stream. They are exact in the rows' type, so they are widened on their way to
+the matrix unit; the sum over a group of inputs is scaled in float32 as it goes into the accumulator.
 """
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
@@ -131,6 +134,7 @@ def linear(
     residual,
     next_norm,
     bias,
+    scales,
     engine_state,
     num_rows,
     num_splits,
@@ -145,6 +149,7 @@ def linear(
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
+    WEIGHT_GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -156,12 +161,15 @@ def linear(
 
     Args:
         x: [num_rows, K]; when NORMED, rows times the norm's weight, not divided by their root mean square.
-        weight: [N, K]; when GATED [2 * N, K], the gate's rows first.
+        weight: [N, K]; when GATED [2 * N, K], the gate's rows first. With a WEIGHT_GROUP int8, four to an
+            int32.
         squares: float32 [num_rows, K / SQUARES_WIDTH], sums of squares of the rows before the norm's weight;
             not read unless NORMED.
         residual: [num_rows, N], added to the result; not read unless RESIDUAL.
         next_norm: [N], weight of the norm that follows; not read unless RESIDUAL.
         bias: [N], or [2 * N] when GATED; not read unless BIAS.
+        scales: [ceil(K / WEIGHT_GROUP), N], twice as wide when GATED: of the weight, by groups of inputs; not
+            read unless there is a WEIGHT_GROUP.
         engine_state: lends a counter for each tile while there are splits.
         num_splits: parts of K, at most SPLITS.
         out: out, [num_rows, N]: silu(gate) * up when GATED.
@@ -169,6 +177,8 @@ def linear(
         out_squares: out when RESIDUAL, float32 [num_rows, N / SQUARES_WIDTH].
         partial: scratch, float32 [row tiles * num_splits, BLOCK_M, N], twice that when GATED; unused without
             splits.
+        WEIGHT_GROUP: inputs of a weight that share a scale, a multiple of BLOCK_K; 0 where weights have the
+            rows' type.
         BLOCK_N: a multiple of SQUARES_WIDTH when RESIDUAL.
     """
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -203,6 +213,13 @@ def linear(
     PARTS: tl.constexpr = 2 if GATED else 1
     of_tile = tl.arange(0, PARTS * BLOCK_N)
     w_n = column * BLOCK_N + of_tile % BLOCK_N
+    if WEIGHT_GROUP:
+        tl.static_assert(WEIGHT_GROUP % BLOCK_K == 0)
+        weight = weight.to(tl.pointer_type(tl.int8), bitcast=True)
+        scale_of_tile = scales + of_tile // BLOCK_N * N + w_n
+        # A tile ahead, since nothing else hides how long this takes.
+        group = begin * BLOCK_K // WEIGHT_GROUP
+        next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
     w_tile = weight + (of_tile // BLOCK_N * N + w_n).to(tl.int64)[:, None] * K + k[None, :]
 
     acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
@@ -215,7 +232,13 @@ def linear(
             w_mask = w_mask & (start + k < K)[None, :]
         w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
         a = tl.load(x_tile + start, mask=x_mask, other=0.0)
-        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+        if WEIGHT_GROUP:
+            scale = next_scale.to(tl.float32)[None, :]
+            group = min(start + BLOCK_K, K - 1) // WEIGHT_GROUP
+            next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
+            acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee") * scale
+        else:
+            acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
 
     if SPLITS > 1:
         if splits_used > 1:

@@ -17,8 +17,11 @@ class Linear:
 
     Inputs: x [T, k]; weight [n, k], twice as many rows when ``gated``; squares float32
     [T, k / SQUARES_WIDTH], read when ``normed``; residual [T, n] and next_norm [n], read when
-    ``adds_residual``; bias, as many as weight has rows, read when ``biased``; engine_state, which lends
-    counters. Where an input is not read, any will do.
+    ``adds_residual``; bias, as many as weight has rows, read when ``biased``; scales; engine_state, which
+    lends counters. Where an input is not read, any will do.
+    With a ``weight_group``, weight is int8, bound as int32 [n, k / 4], and scales
+    [ceil(k / weight_group), rows of weight] are read: one for so many inputs. 0 is a weight of the model's
+    type.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
     squares, what the next normed layer reads; scratch for splits.
     """
@@ -31,6 +34,7 @@ class Linear:
     adds_residual: int
     biased: int
     wide_output: int
+    weight_group: int
 
     INPUTS: ClassVar[tuple[str, ...]] = (
         "x",
@@ -39,13 +43,14 @@ class Linear:
         "residual",
         "next_norm",
         "bias",
+        "scales",
         "engine_state",
     )
     NUM_OUTPUTS: ClassVar[int] = 4
 
     @property
     def _tiles(self) -> tuple[LinearTile, ...]:
-        return tiles(self.n, self.k, bool(self.gated))
+        return tiles(self.n, self.k, bool(self.gated), self.weight_group)
 
     @property
     def num_tactics(self) -> int:
@@ -80,11 +85,12 @@ class Linear:
             kernel=linear,
             types={
                 "x": f"*{MODEL}",
-                "weight": f"*{MODEL}",
+                "weight": "*i32" if self.weight_group else f"*{MODEL}",
                 "squares": "*fp32",
                 "residual": f"*{MODEL}",
                 "next_norm": f"*{MODEL}",
                 "bias": f"*{MODEL}",
+                "scales": f"*{MODEL}",
                 "engine_state": "*i64",
                 "num_rows": "i32",
                 "num_splits": "i32",
@@ -101,6 +107,7 @@ class Linear:
                 "GATED": bool(self.gated),
                 "RESIDUAL": bool(self.adds_residual),
                 "BIAS": bool(self.biased),
+                "WEIGHT_GROUP": self.weight_group,
                 "SPLITS": tile.splits,
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
