@@ -20,6 +20,14 @@ LOAD_FAILURE = (
     "E1123 20:33:03.255836 12 model_lifecycle.cc:642] \"failed to load 'engine' version 1: Internal: "
     'TritonModelException: step is \\"x\\"; it must be a number\\n\\nAt:\\n  model.py(10): initialize\\n"\n'
 )
+REFUSED_CAPTURE = (
+    'E1125 22:33:40.249291 12 logging.cc:40] "ICudaEngine::getIOTensorName: Error Code 3: API Usage Error '
+    '(Parameter check failed, condition: (0) <= (index). Invalid IO Tensor Index: 19.)"\n'
+    'E1125 22:33:40.249400 12 logging.cc:40] "IExecutionContext::enqueueV3: Error Code 3: API Usage Error '
+    "(Parameter check failed, condition: validDimension. Supplied binding dimensions [1] for tensor "
+    'input_ids exceed min..max range for profile 1. Valid range is [17]..[64].)"\n'
+    'W1125 22:33:40.249423 12 instance_state.cc:3482] "unable to record CUDA graph for engine_0_0"\n'
+)
 TABLE = "+-------+\n| Model |\n+-------+\n\n"
 
 
@@ -50,6 +58,11 @@ def test_a_failed_load_becomes_the_models_name_and_its_own_sentence() -> None:
             "failed to bind",
         ),
         ("error: unknown option\n", "unknown option"),
+        (
+            REFUSED_CAPTURE
+            + 'E1125 22:33:41.1 12 logging.cc:40] "Error Code 1: Cuda Runtime (out of memory)"\n',
+            "Cuda Runtime (out of memory)",
+        ),
         ("something\nlibb64.so: cannot open\n\n", "its last line: libb64.so: cannot open"),
         ("", "it printed nothing"),
     ],
@@ -77,6 +90,19 @@ def test_while_models_load_only_the_engines_own_lines_go_through() -> None:
     others = "2026-11-23 21:41:22,278 INFO quire.serving.channel: frontend 21098 connected\nprinted\n"
     _, lines, _ = read(NO_GPU + TABLE + others + pool + "\n")
     assert lines == [pool]
+
+
+def test_progress_names_what_is_missing_and_the_last_line() -> None:
+    loading = "".join(
+        f'I1125 22:33:40.0 12 model_lifecycle.cc:472] "loading: {name}:1"\n' for name in ("engine", "llm")
+    )
+    log, _, _ = read(loading)
+    assert log.progress().startswith("not loaded: engine, llm; loaded: none; the server's last line: I1125")
+    loaded = "I1125 22:33:40.2 12 model_lifecycle.cc:839] \"successfully loaded 'llm'\"\n"
+    log, lines, _ = read(loading + loaded + REFUSED_CAPTURE)
+    assert log.progress().startswith("not loaded: engine; loaded: llm; the server's last line: W1125")
+    assert lines == []
+    assert read("")[0].progress() == "not loaded: all models; loaded: none; the server's last line: none yet"
 
 
 def test_verbose_lets_everything_through_even_while_loading() -> None:

@@ -1,8 +1,11 @@
 """The server's output, cut down to what an operator wants to see.
 
-While models load, only the engine's own lines (its KV pool, its warm-up) go through, and if loading fails,
-one sentence is made from the first line that names a cause. Once the server is ready, warnings, errors and
-whatever isn't Triton's own log go through.
+While models load, only the engine's own lines (its KV pool, its warm-up, how long it has not answered) go
+through, and if loading fails, one sentence is made from the first line that names a cause. Once the server is
+ready, warnings, errors and whatever isn't Triton's own log go through.
+
+Triton's TensorRT backend captures every CUDA graph of a plan under every profile. Those that don't hold it
+refuse with several lines of errors each, about a hundred times: these say nothing about a failure.
 """
 
 from __future__ import annotations
@@ -14,15 +17,25 @@ from collections.abc import Callable
 from typing import IO
 
 NUM_LAST_LINES = 20
+LAST_LINE_CHARACTERS = 240
+"""Of a line that is reported while loading goes on."""
 
 _LOG_LINE = re.compile(
     r"(?P<level>[IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ \d+ (?P<source>[\w.]+:\d+)\] +(?P<text>.*)"
 )
-_ENGINE_LINE = re.compile(r"\d{4}-\d\d-\d\d \S+ \w+ quire\.execution\.[\w.]+: .*")
+_ENGINE_LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \S+ \w+ quire\.(?:execution|serving\.scheduler\.hosted_plan)\b[\w.]*: .*"
+)
+_LOADING = re.compile(r'"?loading: (?P<model>\w+):\d+')
+_LOADED = re.compile(r'"?successfully loaded \'(?P<model>\w+)\'')
 _LOAD_FAILURE = re.compile(r'"?failed to load \'(?P<model>\w+)\' version \d+: (?P<cause>.*)')
 _TABLE = re.compile(r"[+|].*[+|]|")
 _NO_GPU = re.compile(r"CudaDriverHelper|pinned memory pool will not be available")
 """Complaints of a server that looks for a GPU and finds none."""
+_REFUSED_CAPTURE = re.compile(
+    r"getIOTensorName: Error Code 3|exceed min..max range for profile|unable to record CUDA graph"
+)
+"""What a profile that doesn't hold a CUDA graph's shapes says to it."""
 _PREFIXES = re.compile(
     r"^(?:(?:Internal|Invalid argument|Unsupported|Unavailable|Unknown|\w+(?:Error|Exception)): )*"
 )
@@ -43,6 +56,8 @@ class ServerLog:
         self._load_failure: str | None = None
         self._first_error: str | None = None
         self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
+        self._loaded: dict[str, bool] = {}
+        """Whether each model has been loaded, by its name."""
         self._reader: threading.Thread | None = None
 
     def follow(self, output: IO[bytes], *, on_load_failure: Callable[[], None]) -> None:
@@ -71,6 +86,17 @@ class ServerLog:
         """From now on, nothing goes through: a server that is told to stop only says that it does."""
         self._matters = _never_matters
 
+    def progress(self) -> str:
+        """How far loading has come: the models that are not loaded yet, and the server's last line."""
+        models = list(self._loaded.items())  # copied, as the reader goes on
+        missing = ", ".join(name for name, loaded in models if not loaded)
+        loaded = ", ".join(name for name, loaded in models if loaded)
+        last = next((line for line in reversed(list(self._last_lines)) if line), "none yet")
+        return (
+            f"not loaded: {missing or ('none' if loaded else 'all models')}; loaded: {loaded or 'none'}; "
+            f"the server's last line: {last[:LAST_LINE_CHARACTERS]}"
+        )
+
     def failure(self) -> str:
         """Why the server did not start, in one sentence."""
         if self._load_failure is not None:
@@ -83,6 +109,7 @@ class ServerLog:
     def _take(self, line: str) -> None:
         entry = _LOG_LINE.fullmatch(line)
         if entry is not None and self._load_failure is None:
+            self._note_progress(entry["text"])
             self._note_failure(entry)
         elif entry is None and line.startswith("error: ") and self._first_error is None:
             self._first_error = line.removeprefix("error: ")
@@ -90,14 +117,23 @@ class ServerLog:
         if self._verbose or self._matters(line, entry):
             self._write(line)
 
+    def _note_progress(self, text: str) -> None:
+        if (loading := _LOADING.match(text)) is not None:
+            self._loaded.setdefault(loading["model"], False)
+        elif (loaded := _LOADED.match(text)) is not None:
+            self._loaded[loaded["model"]] = True
+
     def _note_failure(self, entry: re.Match[str]) -> None:
         failure = _LOAD_FAILURE.match(entry["text"])
         if failure is not None:
             self._load_failure = f"{failure['model']}: {_first_sentence(failure['cause'])}"
         elif (
-            entry["level"] in "EF" and self._first_error is None and not _NO_GPU.search(line := entry["text"])
+            entry["level"] in "EF"
+            and self._first_error is None
+            and not _NO_GPU.search(text := entry["text"])
+            and not _REFUSED_CAPTURE.search(text)
         ):
-            self._first_error = line.strip('"')
+            self._first_error = text.strip('"')
 
 
 def _matters_while_loading(line: str, entry: re.Match[str] | None) -> bool:

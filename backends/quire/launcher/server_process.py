@@ -30,6 +30,8 @@ from quire.launcher.server_log import ServerLog
 from quire.serving.rendezvous import Rendezvous
 
 READY_POLL_S = 0.1
+FIRST_PROGRESS_S = 10.0
+"""When the operator is told what loading waits for; then again each time that this long has doubled."""
 LOG_TIMEOUT_S = 0.5
 REAP_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -115,7 +117,11 @@ class ServerProcess:
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
         """Whether the server got ready; False where a signal came first."""
         self._report("loading the models")
+        began, told_after_s = time.monotonic(), FIRST_PROGRESS_S
         while not self._ready():
+            if time.monotonic() - began >= told_after_s:
+                self._report(f"still loading after {told_after_s:g} s; {self._log.progress()}")
+                told_after_s *= 2
             match self._next_event(READY_POLL_S):
                 case _Event.STOP:
                     return False
