@@ -272,6 +272,31 @@ def test_the_engine_is_waited_for_while_it_loads(served: tuple[HostedPlan, Any])
     assert len(plan.calls) == 1
 
 
+def test_the_log_tells_why_the_engine_has_been_silent_for_long(
+    served: tuple[HostedPlan, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, executor = served
+    answer = plan.triton.answer
+    refusals = iter(range(4))
+
+    def refuse_for_a_while(model_name: str, arrays: dict[str, NDArray[Any]]) -> InferenceResponse:
+        refusal = next(refusals, None)
+        if refusal is None:
+            return answer(model_name, arrays)
+        if refusal == 2:
+            executor._complain_after_s = 0.0  # as if it had been silent for long
+        raise TritonModelError("model engine is not ready")
+
+    plan.triton.answer = refuse_for_a_while
+    executor.pool_info(PATIENCE_S)
+    assert len(caplog.records) == 1, "not at once, and not at each attempt"
+    assert "has not answered for" in caplog.text and "model engine is not ready" in caplog.text
+    caplog.clear()
+    refusals = iter(range(1))
+    executor.pool_info(PATIENCE_S)
+    assert not caplog.records, "after an answer patience begins anew"
+
+
 def test_closing_ends_what_is_under_way_and_whatever_comes_later(served: tuple[HostedPlan, Any]) -> None:
     plan, executor = served
     plan.hold = threading.Event()

@@ -8,6 +8,7 @@ for the null block.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -34,6 +35,10 @@ from quire.serving.scheduler.engine_call import (
 )
 
 LAST_EPOCH = 2**31 - 1
+FIRST_COMPLAINT_S = 10.0
+"""Silence of the engine that the log tells of; then again each time that it has doubled."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -74,6 +79,9 @@ class HostedPlanExecutor:
             name: first_element for name in manifest.inputs if name.startswith(POOL_INPUT_PREFIX)
         }
         self._standing["engine_state"] = np.array([plan.max_blocks], np.int64)
+        self._silent_since: float | None = None
+        """When the engine was first asked for its pool without an answer."""
+        self._complain_after_s = FIRST_COMPLAINT_S
         self._closed = threading.Event()
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         # Guards what follows: the steps that have not ended, in the order of their calls.
@@ -93,11 +101,23 @@ class HostedPlanExecutor:
         while True:
             try:
                 # It waits for the call under way, so that none is left when this returns.
-                return self.submit(probe).result(max(0.0, deadline - time.monotonic())).pool_info
+                info = self.submit(probe).result(max(0.0, deadline - time.monotonic())).pool_info
+                self._silent_since, self._complain_after_s = None, FIRST_COMPLAINT_S
+                return info
             except (PeerLostError, EngineStepError) as error:
+                self._note_silence(error)
                 if self._closed.is_set() or time.monotonic() + PROBE_INTERVAL_S > deadline:
                     raise PeerLostError(f"the engine does not answer: {error}") from None
             self._closed.wait(PROBE_INTERVAL_S)
+
+    def _note_silence(self, error: QuireError) -> None:
+        now = time.monotonic()
+        if self._silent_since is None:
+            self._silent_since = now
+        silent_s = now - self._silent_since
+        if silent_s >= self._complain_after_s and not self._closed.is_set():
+            _log.warning("the engine has not answered for %.0f s: %s", silent_s, error)
+            self._complain_after_s = 2 * silent_s
 
     def submit(self, inputs: ModelInputs) -> EngineStep:
         """Start a step, or have it wait for the one before."""
