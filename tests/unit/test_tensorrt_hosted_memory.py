@@ -1,0 +1,78 @@
+"""What a hosted plan is left beside weights and pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from quire.execution.manifest import EngineLimits
+from quire_build.decoder_config import DecoderConfig
+from quire_build.tensorrt.hosted_memory import activation_bytes, host_reserve_bytes
+from quire_build.tensorrt.operators import PagedAttend, Sample
+
+LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
+ELEMENT_BYTES = {"fp32": 4, "i32": 4}
+
+
+def config(hidden: int, intermediate: int, heads: int, kv_heads: int) -> DecoderConfig:
+    return DecoderConfig.from_huggingface(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "hidden_act": "silu",
+        }
+    )
+
+
+LLAMA_8B = config(4096, 14336, 32, 8)
+
+
+def num_bytes(outputs: Sequence[tuple[tuple[Any, ...], str]]) -> int:
+    return sum(math.prod(shape) * ELEMENT_BYTES.get(kind, 2) for shape, kind in outputs)
+
+
+@pytest.mark.parametrize("model", [LLAMA_8B, config(8192, 28672, 64, 8)])
+def test_one_contexts_memory_holds_what_attention_and_sampling_write(model: DecoderConfig) -> None:
+    attend = PagedAttend(
+        layer=0,
+        num_layers=2,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=16,
+        max_blocks=1000,
+        num_pools=5,
+        blocks_per_pool=200,
+        kv_element_bytes=2,
+        window=0,
+        scale=0.1,
+    )
+    tokens, seqs = LIMITS.max_num_batched_tokens, LIMITS.max_num_seqs
+    query = (tokens, model.num_heads, model.head_dim)
+    attended = attend.outputs([query, (seqs, 256), (seqs + 1,), (seqs,), (1,), (1,)])
+    sampled = Sample(vocab_size=model.vocab_size, max_num_seqs=seqs).outputs([(seqs, model.vocab_size)])
+    streams = 2 * tokens * model.hidden_size * 2
+    assert activation_bytes(model, LIMITS, 2) >= num_bytes(attended) + num_bytes(sampled) + streams
+
+
+def test_every_profile_has_a_context_with_memory_for_the_largest_step() -> None:
+    one_profile = EngineLimits(max_num_seqs=16, max_num_batched_tokens=16, max_model_len=4096)
+    four = host_reserve_bytes(LLAMA_8B, LIMITS, 2)
+    logits = 4 * 128256
+    assert four - 256 * logits - 4 * activation_bytes(LLAMA_8B, LIMITS, 2) == (
+        host_reserve_bytes(LLAMA_8B, one_profile, 2)
+        - 16 * logits
+        - activation_bytes(LLAMA_8B, one_profile, 2)
+    )
+    assert 4 << 30 < four < 5 << 30
