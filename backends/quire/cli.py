@@ -76,8 +76,11 @@ def build(
         typer.Option(help="openvino for CPUs, tensorrt for the GPU of this machine."),
     ] = "openvino",
     precision: Annotated[
-        Literal["float32", "bf16", "fp16"] | None,
-        typer.Option(help="What the engine computes in; default: float32 on CPUs, bf16 on GPUs."),
+        Literal["float32", "bf16", "fp16", "int8"] | None,
+        typer.Option(
+            help="What the engine computes in; int8 is bf16 with weights of 8 bits, on GPUs; "
+            "default: float32 on CPUs, bf16 on GPUs."
+        ),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048,

@@ -202,7 +202,13 @@ def _build_engine(
 def _measure(
     source: Checkpoint, manifest: Manifest, directory: Path, builder: EngineBuilder, text: Path | None
 ) -> GateReport:
-    """Run the numerics gate on the engine as a server would load it."""
+    """Run the numerics gate on the engine as a server would load it.
+
+    An engine of quantised weights is held against the module rounded to bf16, any other against float32.
+    """
+    import torch
+
+    from quire_build.quantization import round_in_place
     from quire_build.torch_executor import TorchExecutor
 
     # A plan returns logits for as many rows as it runs sequences.
@@ -213,7 +219,11 @@ def _measure(
     else:
         workload = text_workload(text, source.directory, block_size, limits, max_logits_rows=rows)
     decoder = load_decoder(source, limits.max_model_len).to(builder.reference_device)
-    reference = TorchExecutor(decoder, source.config, workload.num_blocks, block_size)
+    dtype = torch.float32
+    if manifest.precision == "int8":
+        dtype = torch.bfloat16
+        round_in_place(decoder, dtype)
+    reference = TorchExecutor(decoder, source.config, workload.num_blocks, block_size, dtype)
     engine = builder.executor(directory, manifest, workload)
     try:
         return compare(reference, engine, workload, manifest.precision)

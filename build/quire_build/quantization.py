@@ -118,11 +118,17 @@ def quantized_linears(decoder: Decoder) -> dict[str, nn.Linear]:
 
 
 def rounded_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """A copy that rounds as an engine of model type `dtype` does: weights and what layers hand on.
+    """A copy that rounds as an engine of model type `dtype` does: see `round_in_place`."""
+    rounded = copy.deepcopy(decoder)
+    round_in_place(rounded, dtype)
+    return rounded
+
+
+def round_in_place(decoder: Decoder, dtype: torch.dtype) -> None:
+    """Make a decoder round as an engine of model type `dtype` does: weights and what layers hand on.
 
     Products are accumulated and norms, rotation and softmax computed in float32, as the engine's kernels do.
     """
-    rounded = copy.deepcopy(decoder)
 
     def rounds(tensor: Tensor) -> Tensor:
         return tensor.to(dtype).float()
@@ -134,13 +140,28 @@ def rounded_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
         return (rounds(result[0]), *result[1:]) if isinstance(result, tuple) else rounds(result)
 
     with torch.no_grad():
-        for parameter in rounded.parameters():
+        for parameter in decoder.parameters():
             parameter.copy_(rounds(parameter))
-    for name, module in rounded.named_modules():
+    for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(inputs)
         if isinstance(module, nn.Linear | nn.Embedding | RMSNorm | Layer) and name not in KEPT:
             module.register_forward_hook(output)
+
+
+def plan_decoder(decoder: Decoder) -> Decoder:
+    """A copy that computes as a plan of int8 does.
+
+    Every linear layer has weights of int8 in groups of inputs, the output layer too; everything else is
+    rounded to bf16.
+    """
+    rounded = rounded_decoder(decoder, torch.bfloat16)
+    for name, linear in rounded.named_modules():
+        if isinstance(linear, nn.Linear):
+            original = decoder.get_submodule(name).weight
+            assert isinstance(original, Tensor)
+            weight = quantize_in_groups(original, "int8", torch.bfloat16)
+            linear.weight = nn.Parameter(weight.dequantized(), requires_grad=False)
     return rounded
 
 

@@ -15,6 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by i
 pytest.importorskip("triton")
 
 from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, engine_state_elements
+from quire_build.quantization import quantize_in_groups
 from quire_build.tensorrt.linear_tiles import LinearTile, tiles
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
@@ -37,6 +38,13 @@ TILES = (
 """Split into many and few, and finished by halves; none of them fits the layers below."""
 
 
+def quantized(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight [n, k] as int8, as the operator takes it, its scales, and what the two stand for."""
+    narrow = quantize_in_groups(weight, "int8", weight.dtype, group)
+    scales = narrow.scales.T.contiguous()
+    return narrow.values.view(torch.int32), scales, narrow.dequantized().to(weight.dtype)
+
+
 def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator)
 
@@ -49,7 +57,10 @@ def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> No
     squares = x.square().view(rows, -1, 32).sum(-1)
     residual, gain = random(generator, rows, n), random(generator, n)
     bias = random(generator, n * (1 + layer.gated))
-    inputs = [x, weight, squares, residual, gain, bias, x, state]
+    operand, scales = weight, x
+    if layer.weight_group:
+        operand, scales, weight = quantized(weight, layer.weight_group)
+    inputs = [x, operand, squares, residual, gain, bias, scales, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
     outputs[3] = torch.full((tile.splits * tile.block_m * n * (1 + layer.gated),), math.nan)
@@ -72,13 +83,14 @@ def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> No
     torch.testing.assert_close(outputs[0], expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weight_group", [0, 64], ids=["", "int8"])
 @pytest.mark.parametrize("rows", [1, 17, 70])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int) -> None:
+def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, weight_group: int) -> None:
     """In the same state one after another, so that a counter left behind by one would spoil the next."""
-    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind]))
+    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | {"weight_group": weight_group}))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    for tile in (*TILES, *tiles(layer.n, layer.k, bool(layer.gated))):
+    for tile in (*TILES, *tiles(layer.n, layer.k, bool(layer.gated), weight_group)):
         check(layer, rows, tile, state)
         assert not state.any(), f"{tile} left a counter behind"
 
@@ -98,12 +110,35 @@ def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
         torch.testing.assert_close(outputs[0], torch.nn.functional.silu(gate) * up, atol=1e-3, rtol=1e-4)
 
 
+def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> None:
+    """Rows and scales of fp16: the only rounding is that of the result."""
+    layer = Linear(k=192, n=64, **(PLAIN | {"weight_group": 64}))
+    generator = torch.Generator().manual_seed(1)
+    x, weight = random(generator, 20, 192).half(), random(generator, 64, 192).half()
+    narrow = quantize_in_groups(weight, "int8", torch.float16)
+    operand, scales = narrow.values.view(torch.int32), narrow.scales.T.contiguous()
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    inputs = [x, operand, x, x, x, x, scales, state]
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    expected = x.float() @ narrow.dequantized().T
+    for tactic in range(layer.num_tactics):
+        types = (torch.float16, torch.float16, torch.float32, torch.float32)
+        outputs = [
+            torch.full(shape, math.nan, dtype=dtype)
+            for (shape, _), dtype in zip(layer.outputs(shapes), types, strict=True)
+        ]
+        launch = layer.launch(shapes, PlainArithmetic(), tactic)
+        launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+        torch.testing.assert_close(outputs[0].float(), expected, atol=1e-3, rtol=2**-11)
+
+
+@pytest.mark.parametrize("weight_group", [0, 64], ids=["", "int8"])
 @pytest.mark.parametrize(
     ("n", "k", "gated"),
     [(6144, 4096, 0), (4096, 4096, 0), (14336, 4096, 1), (4096, 14336, 0), (128256, 4096, 0), (96, 64, 1)],
 )
-def test_scratch_and_counters_hold_every_launch(n: int, k: int, gated: int) -> None:
-    layer = Linear(k=k, n=n, **(PLAIN | {"gated": gated}))
+def test_scratch_and_counters_hold_every_launch(n: int, k: int, gated: int, weight_group: int) -> None:
+    layer = Linear(k=k, n=n, **(PLAIN | {"gated": gated, "weight_group": weight_group}))
     for rows in (1, 16, 17, 64, 65, 128, 1000, 8192):
         shapes = [(rows, k), (n * (1 + gated), k)]
         ((scratch,), _) = layer.outputs(shapes)[3]
@@ -133,6 +168,8 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
 
 
 PTX_SCRIPT = """
+from dataclasses import replace
+
 from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
@@ -142,6 +179,9 @@ gated = Linear(gated=1, adds_residual=0, wide_output=0, **flags)
 wide = Linear(gated=0, adds_residual=0, wide_output=1, **flags)
 cases = [(90, plain, tactic) for tactic in range(plain.num_tactics)]
 cases += [(90, gated, tactic) for tactic in range(gated.num_tactics)]
+for layer in (plain, gated):
+    narrow = replace(layer, weight_group=64)
+    cases += [(90, narrow, tactic) for tactic in range(narrow.num_tactics)]
 cases += [(90, wide, wide.num_tactics - 1), (80, plain, plain.num_tactics - 1), (89, gated, 1)]
 for arch, layer, tactic in cases:
     launch = layer.launch([(64, layer.k)], PlainArithmetic(), tactic)

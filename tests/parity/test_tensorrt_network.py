@@ -28,7 +28,10 @@ pytest.importorskip("triton")
 from tests.parity.test_tensorrt_lowering import NUM_BLOCKS, logits, model, step
 from tests.parity.test_tensorrt_operators import run
 
+from quire.errors import UnsupportedModelError
+from quire_build.quantization import WEIGHT_GROUP, quantize_in_groups
 from quire_build.tensorrt import operators
+from quire_build.tensorrt.builder import weight_bytes
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 
@@ -60,6 +63,7 @@ class Network:
         self.declared: dict[str, tuple[str, int]] = {}
         self.marked: dict[str, Tensor] = {}
         self.plugins: list[Layer] = []
+        self.constant_bytes = 0
 
     @property
     def layer_names(self) -> list[str]:
@@ -71,8 +75,9 @@ class Network:
 
     def add_constant(self, shape: tuple[int, ...], weights: tuple[str, int, int]) -> Layer:
         dtype, address, count = weights
-        assert dtype == "float32"
-        data = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (count,))
+        kind = {"float32": ctypes.c_float, "int32": ctypes.c_int32}[dtype]
+        data = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(kind)), (count,))
+        self.constant_bytes += data.nbytes
         return Layer(lambda _: [torch.from_numpy(data).view(shape)])
 
     def add_gather(self, data: Any, indices: Any, axis: int) -> Layer:
@@ -136,8 +141,8 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", trtp)
 
 
-@pytest.mark.usefixtures("tensorrt")
-def test_network_computes_the_models_logits(model: onnx.ModelProto) -> None:
+def written(model: onnx.ModelProto, weight_group: int = 0) -> Network:
+    """The stand-in with a model in it, computed."""
     weights = {w.name: torch.tensor(numpy_helper.to_array(w)) for w in model.graph.initializer}
     lowered = copy.deepcopy(model)
     lower(lowered)
@@ -146,9 +151,21 @@ def test_network_computes_the_models_logits(model: onnx.ModelProto) -> None:
     network = Network(given)
     pool = PoolLayout(max_blocks=NUM_BLOCKS, num_pools=1, blocks_per_pool=NUM_BLOCKS)
     writer = NetworkWriter(
-        network, lowered, weights.__getitem__, dtype=torch.float32, pool=pool, max_num_seqs=8
+        network,
+        lowered,
+        weights.__getitem__,
+        dtype=torch.float32,
+        weight_group=weight_group,
+        pool=pool,
+        max_num_seqs=8,
     )
     writer.write()
+    return network
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_network_computes_the_models_logits(model: onnx.ModelProto) -> None:
+    network = written(model)
     assert network.declared["kv_cache.0"] == ("int64", 1)
     assert network.declared["block_tables"] == ("int32", 2)
     assert network.declared["sampling"] == ("float32", 2)
@@ -157,3 +174,39 @@ def test_network_computes_the_models_logits(model: onnx.ModelProto) -> None:
     assert network.marked["sampled_ids"].tolist() == expected.argmax(-1).tolist()
     assert network.marked["pool_info"].tolist() == [NUM_BLOCKS, 77]
     assert "PagedAttend:" in "".join(network.layer_names)
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_network_of_int8_computes_the_logits_of_the_quantised_model(model: onnx.ModelProto) -> None:
+    """The last group of the down projection, with 80 inputs, is shorter than the others."""
+    quantized = copy.deepcopy(model)
+    linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
+    assert "lm_head.weight" in linear
+    for weight in quantized.graph.initializer:
+        if weight.name in linear:
+            values = quantize_in_groups(torch.tensor(numpy_helper.to_array(weight)), "int8", torch.float32)
+            weight.CopyFrom(numpy_helper.from_array(values.dequantized().numpy(), weight.name))
+    network = written(model, WEIGHT_GROUP)
+    expected = logits(quantized)
+    np.testing.assert_allclose(network.marked["logits"].numpy(), expected, atol=2e-4, rtol=2e-4)
+    assert np.abs(logits(model) - expected).max() > 0.01
+
+
+@pytest.mark.parametrize("weight_group", [0, WEIGHT_GROUP], ids=["", "int8"])
+@pytest.mark.usefixtures("tensorrt")
+def test_the_weights_take_as_much_as_the_pools_size_rests_on(
+    model: onnx.ModelProto, weight_group: int
+) -> None:
+    expected = written(model, weight_group).constant_bytes
+    assert weight_bytes(model, 4, weight_group) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_int8_needs_whole_words_of_a_row(model: onnx.ModelProto) -> None:
+    other = copy.deepcopy(model)
+    for weight in other.graph.initializer:
+        if weight.name == "lm_head.weight":
+            values = numpy_helper.to_array(weight)[:, :-1].copy()
+            weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    with pytest.raises(UnsupportedModelError, match="63 inputs"):
+        written(other, WEIGHT_GROUP)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from quire.errors import BuildError
-from quire.execution.manifest import EngineLimits
+from quire.execution.manifest import EngineLimits, GateReport
+from quire_build import pipeline, quantization
 from quire_build.calibration import calibrate
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
@@ -20,12 +25,15 @@ from quire_build.quantization import (
     LARGEST,
     Calibration,
     NarrowType,
+    plan_decoder,
+    quantize_in_groups,
     quantize_weights,
     quantized_decoder,
     quantized_linears,
     rounded_decoder,
 )
 from quire_build.torch_executor import TorchExecutor
+from quire_build.workload import Workload
 
 CONFIG = DecoderConfig.from_huggingface(
     {
@@ -105,6 +113,80 @@ def test_weights_beyond_a_given_amax_saturate(narrow: NarrowType) -> None:
     torch.testing.assert_close(quantized.dequantized(), expected, rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize("narrow", NARROW)
+def test_groups_of_inputs_have_a_scale_of_their_own(
+    narrow: NarrowType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(7, 150)
+    weight[:, 64:128] *= 100.0
+    weight[3, :64] = 0.0
+    quantized = quantize_in_groups(weight, narrow, torch.bfloat16)
+    assert quantized.values.shape == (7, 150)
+    assert quantized.scales.shape == (7, 3) and quantized.scales.dtype == torch.bfloat16
+    # Each group of each channel is as it would be by itself, but for the rounding of its scale.
+    for first, end in ((0, 64), (64, 128), (128, 150)):
+        part = quantize_weights(weight[:, first:end], narrow)
+        torch.testing.assert_close(quantized.scales[:, first // 64].float(), part.scales, rtol=2**-8, atol=0)
+        step = quantized.dequantized()[:, first:end] - weight[:, first:end]
+        bound = 0.6 * part.scales if narrow == "int8" else 20.0 * part.scales
+        assert (step.abs() <= bound[:, None]).all()
+    assert torch.count_nonzero(quantized.dequantized()[3, :64]) == 0
+    # Rows are quantised some at a time.
+    monkeypatch.setattr(quantization, "_ELEMENTS_AT_ONCE", 300)
+    again = quantize_in_groups(weight, narrow, torch.bfloat16)
+    assert torch.equal(again.values.float(), quantized.values.float())
+    assert torch.equal(again.scales, quantized.scales)
+
+
+def test_a_plan_of_int8_differs_less_with_groups_than_with_channels() -> None:
+    """Wide layers, so that a channel has several groups; the output layer is quantised in a plan."""
+    torch.manual_seed(4)
+    config = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=256, head_dim=128)
+    wide = Decoder(config, config.max_context).eval().requires_grad_(False)
+    for parameter in wide.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=0.05)
+    by_group, by_channel = plan_decoder(wide), quantized_decoder(wide, "int8", Calibration())
+    assert not torch.equal(by_group.lm_head.weight, wide.lm_head.weight)
+    assert torch.equal(by_group.embed_tokens.weight, wide.embed_tokens.weight.bfloat16().float())
+    for name, linear in quantized_linears(wide).items():
+        of_group, of_channel = (
+            (other.get_submodule(name).weight - linear.weight).square().mean()
+            for other in (by_group, by_channel)
+        )
+        assert of_group < 0.8 * of_channel
+
+
+def test_a_plan_of_int8_is_held_against_the_module_rounded_to_bf16(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is exactly that module shows no difference; one of bf16 is held against float32."""
+
+    class Builder:
+        reference_device = "cpu"
+
+        def executor(self, directory: Path, manifest: Any, workload: Workload) -> TorchExecutor:
+            return TorchExecutor(
+                rounded_decoder(decoder, torch.bfloat16),
+                CONFIG,
+                workload.num_blocks,
+                BLOCK_SIZE,
+                torch.bfloat16,
+            )
+
+    monkeypatch.setattr(pipeline, "load_decoder", lambda source, length: copy.deepcopy(decoder))
+    source: Any = SimpleNamespace(config=CONFIG)
+    builder: Any = Builder()
+
+    def report(precision: str) -> GateReport:
+        manifest: Any = SimpleNamespace(limits=LIMITS, plan=None, block_size=BLOCK_SIZE, precision=precision)
+        return pipeline._measure(source, manifest, Path(), builder, None)
+
+    assert report("int8").max_abs_logit_error == 0.0
+    assert report("bf16").max_abs_logit_error > 1e-4
+
+
 def test_a_rounded_decoder_differs_by_roundings_and_leaves_the_original_alone(decoder: Decoder) -> None:
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     rounded = rounded_decoder(decoder, torch.bfloat16)
@@ -172,7 +254,7 @@ def test_keys_and_values_of_eight_bits_differ_and_saturate(decoder: Decoder) -> 
 def test_modelopt_finds_the_largest_values_and_fake_quantises_to_the_same_numbers(
     decoder: Decoder, narrow: NarrowType
 ) -> None:
-    quantization = pytest.importorskip("modelopt.torch.quantization")
+    modelopt = pytest.importorskip("modelopt.torch.quantization")
     tokens = _tokens(600)
     calibration = calibrate(decoder, CONFIG, tokens, narrow)
     linears = quantized_linears(decoder)
@@ -189,7 +271,7 @@ def test_modelopt_finds_the_largest_values_and_fake_quantises_to_the_same_number
     bits = 8 if narrow == "int8" else (4, 3)
     x = torch.randn(20, CONFIG.hidden_size)
     x *= calibration.input_amax[name] / x.abs().max()
-    theirs = quantization.quantize(
+    theirs = modelopt.quantize(
         torch.nn.Sequential(copy.deepcopy(decoder.get_submodule(name))),
         {
             "quant_cfg": [

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,6 +18,9 @@ from quire_build.checkpoint import Checkpoint, checkpoint_weights
 from quire_build.engine_builder import BuiltEngine, EngineOptions, Progress
 from quire_build.tensorrt.machine import tensorrt_module, this_gpu
 from quire_build.workload import Workload
+
+if TYPE_CHECKING:
+    import onnx
 
 PLAN_FILE = "model.plan"
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
@@ -42,7 +46,7 @@ class TensorRTBuilder:
 
     runtime: Runtime = "tensorrt"
     block_size = 16
-    kv_element_bytes: Mapping[Precision, int] = {"bf16": 2, "fp16": 2}
+    kv_element_bytes: Mapping[Precision, int] = {"bf16": 2, "fp16": 2, "int8": 2}
     reference_device = "cuda"
     default_placement = EnginePlacement.IN_PROCESS
 
@@ -61,19 +65,21 @@ class TensorRTBuilder:
         import torch
 
         from quire_build.export import export_graph
+        from quire_build.quantization import WEIGHT_GROUP
         from quire_build.tensorrt.plan import PlanOptions, build_plan
 
         config, limits = source.config, options.limits
         progress(f"exporting the graph of {source.directory} ({config.architecture})")
         graph = export_graph(config, self.block_size, limits.max_model_len)
         element_bytes = self.kv_element_bytes[options.precision]
-        parameters = sum(math.prod(weight.dims) for weight in graph.graph.initializer)
+        weight_group = WEIGHT_GROUP if options.precision == "int8" else 0
         plan_options = PlanOptions(
-            dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[options.precision],
+            dtype=torch.float16 if options.precision == "fp16" else torch.bfloat16,
             limits=limits,
             block_size=self.block_size,
             kv_bytes_per_block=config.kv_elements_per_token * self.block_size * element_bytes,
-            pool_bytes=self._hosted_pool_bytes(options, parameters * element_bytes),
+            pool_bytes=self._hosted_pool_bytes(options, weight_bytes(graph, element_bytes, weight_group)),
+            weight_group=weight_group,
             timing_cache=_cache_directory() / TIMING_CACHE_FILE,
         )
         weight = checkpoint_weights(source, limits.max_model_len)
@@ -111,6 +117,28 @@ class TensorRTBuilder:
                 "the KV pool"
             )
         return pool_bytes
+
+
+def weight_bytes(model: onnx.ModelProto, element_bytes: int, weight_group: int) -> int:
+    """Bytes of a plan's weights.
+
+    Args:
+        model: model.onnx, not lowered yet.
+        element_bytes: of weights that stay in the model's type.
+        weight_group: inputs of a linear layer that share a scale, its weights being int8; 0 if none is.
+    """
+    linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"} if weight_group else set()
+    others = {name for node in model.graph.node for name in node.input if node.op_type != "Gemm"}
+    total = 0
+    for weight in model.graph.initializer:
+        elements = math.prod(weight.dims)
+        if weight.name in linear:
+            rows, columns = weight.dims
+            total += elements + rows * -(-columns // weight_group) * element_bytes
+        # An embedding that is the output layer as well is there twice.
+        if weight.name not in linear or weight.name in others:
+            total += elements * element_bytes
+    return total
 
 
 def _cache_directory() -> Path:

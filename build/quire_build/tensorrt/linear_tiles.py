@@ -1,7 +1,8 @@
 """Which tiles a linear layer may be computed in: one for each tactic that TensorRT times.
 
 A tile is right for every number of rows; the range that it is meant for is the one where it is fast. What is
-chosen here was measured on an H100 with `tests/benchmarks/gpu_linear.py`.
+chosen here for weights of two bytes was measured on an H100 with `tests/benchmarks/gpu_linear.py`. The tiles
+for int8 were not measured yet: they keep about as many bytes in flight, and spill no register.
 """
 
 from __future__ import annotations
@@ -41,9 +42,27 @@ class LinearTile:
 def tiles(n: int, k: int, gated: bool, weight_group: int = 0) -> tuple[LinearTile, ...]:
     """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first.
 
-    All fit the shared memory that a plan's kernels have while weights and rows are of two bytes an element.
+    All fit the shared memory that a plan's kernels have while rows are of two bytes an element, and weights
+    too or, with a ``weight_group``, of one. A group is a multiple of every block_k.
     """
-    if gated:
+    if weight_group and gated:
+        shapes = [
+            (16, 32, 64, 4, 6),
+            (32, 32, 64, 4, 6),
+            (64, 32, 64, 4, 3),
+            (64, 64, 64, 8, 2),
+            (128, 64, 32, 8, 3),
+        ]
+    elif weight_group:
+        shapes = [
+            (16, 32, 64, 4, 8),
+            (16, 64, 64, 4, 6),
+            (32, 64, 64, 4, 6),
+            (64, 64, 64, 4, 3),
+            (64, 128, 64, 8, 2),
+            (128, 128, 32, 8, 3),
+        ]
+    elif gated:
         shapes = [(16, 32, 128, 4, 2), (64, 32, 64, 4, 3), (64, 64, 64, 4, 2), (128, 64, 32, 8, 3)]
     else:
         shapes = [

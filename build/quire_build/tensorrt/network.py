@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quire.errors import UnsupportedModelError
 from quire.execution.engine_state import MAX_POOLS
+from quire_build.quantization import quantize_in_groups
 from quire_build.tensorrt.lowering.attention import POOL
 from quire_build.tensorrt.lowering.graph import attribute
 from quire_build.tensorrt.lowering.step import STATE
@@ -55,6 +56,8 @@ class NetworkWriter:
         model: what `lower` returned, with or without its weights' data.
         weight: the checkpoint's tensors by name, in any type.
         dtype: type of weights, activations and the pool.
+        weight_group: inputs of a linear layer's output channel that share a scale, its weights being int8; 0
+            if they are of `dtype`.
         pool: how the pool will be bound.
         max_num_seqs: rows of logits in one step, at most.
     """
@@ -66,17 +69,20 @@ class NetworkWriter:
         weight: Callable[[str], Tensor],
         *,
         dtype: torch.dtype,
+        weight_group: int = 0,
         pool: PoolLayout,
         max_num_seqs: int,
     ) -> None:
         import tensorrt as trt
 
         self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
-        self._dtype, self._pool, self._max_num_seqs = dtype, pool, max_num_seqs
+        self._dtype, self._weight_group = dtype, weight_group
+        self._pool, self._max_num_seqs = pool, max_num_seqs
         self._types = {
             torch.bfloat16: trt.bfloat16,
             torch.float16: trt.float16,
             torch.float32: trt.float32,
+            torch.int32: trt.int32,
         }
         self._kept: list[Tensor] = []
         """Weights, which TensorRT reads where they lie until the plan is built."""
@@ -129,12 +135,14 @@ class NetworkWriter:
         if name in self._tensors:
             return self._tensors[name]
         if (name, rank) not in self._constants:
-            data = self._data(name)
-            self._kept.append(data)
-            values = self._trt.Weights(self._types[data.dtype], data.data_ptr(), data.numel())
-            shape = (1,) * (rank - data.dim()) + tuple(data.shape)
-            self._constants[name, rank] = self._network.add_constant(shape, values).get_output(0)
+            self._constants[name, rank] = self._constant(self._data(name), rank)
         return self._constants[name, rank]
+
+    def _constant(self, data: Tensor, rank: int = 0) -> Any:
+        self._kept.append(data)
+        values = self._trt.Weights(self._types[data.dtype], data.data_ptr(), data.numel())
+        shape = (1,) * (rank - data.dim()) + tuple(data.shape)
+        return self._network.add_constant(shape, values).get_output(0)
 
     def _data(self, name: str) -> Tensor:
         if name in self._stacks:
@@ -142,6 +150,24 @@ class NetworkWriter:
             return torch.cat([self._data(part) for part in stack.input], dim=attribute(stack, "axis"))
         dtype = torch.float32 if name in TABLES else self._dtype
         return self._weight(name).detach().to("cpu", dtype).contiguous()
+
+    def _quantized(self, name: str) -> tuple[Any, Any]:
+        """A linear layer's weight [n, k] as int8, bound as int32 [n, k / 4], and its scales [groups, n].
+
+        One of the checkpoint's tensors is quantised at a time, from its own type.
+        """
+        parts = self._stacks[name].input if name in self._stacks else [name]
+        quantized = [
+            quantize_in_groups(self._weight(part).detach().cpu(), "int8", self._dtype, self._weight_group)
+            for part in parts
+        ]
+        values = torch.cat([part.values for part in quantized])
+        if values.shape[1] % 4:
+            raise UnsupportedModelError(
+                f"a plan of int8 cannot run a linear layer of {values.shape[1]} inputs, only multiples of 4"
+            )
+        scales = torch.cat([part.scales for part in quantized]).T.contiguous()
+        return self._constant(values.view(torch.int32)), self._constant(scales)
 
     def _is_weight(self, name: str) -> bool:
         return name in self._weights or name in self._stacks
@@ -194,18 +220,22 @@ class NetworkWriter:
         self._add_own(node, [*(self._tensor(name) for name in node.input), self._tensors[STATE]])
 
     def _add_linear(self, node: NodeProto) -> None:
-        x = self._tensor(node.input[0])
-        inputs = [self._tensor(name) if name else x for name in node.input]
-        scales = x
+        x, weight, *others = node.input
+        rows = self._tensor(x)
+        tensors = [self._tensor(name) if name else rows for name in others]
+        if self._weight_group:
+            matrix, scales = self._quantized(weight)
+        else:
+            matrix, scales = self._tensor(weight), rows
         self._add_own(
             node,
-            [*inputs, scales, self._tensors[STATE]],
+            [rows, matrix, *tensors, scales, self._tensors[STATE]],
             normed=0,
             epsilon=0.0,
             gated=0,
             adds_residual=0,
             wide_output=0,
-            weight_group=0,
+            weight_group=self._weight_group,
         )
 
     def _add_sample(self, node: NodeProto) -> None:

@@ -46,6 +46,8 @@ class PlanOptions:
         kv_bytes_per_block: of all layers.
         pool_bytes: size of the pool if whoever binds the inputs gives them their largest shape, as Triton's
             backend does; 0 if the pool is bound by its address, whatever its size.
+        weight_group: inputs of an output channel that share a scale where linear layers have weights of int8;
+            0 if they are of `dtype`.
         timing_cache: file in which TensorRT keeps what it measured, read if there and written afterwards.
     """
 
@@ -54,6 +56,7 @@ class PlanOptions:
     block_size: int
     kv_bytes_per_block: int
     pool_bytes: int = 0
+    weight_group: int = 0
     timing_cache: Path | None = None
 
     @property
@@ -124,6 +127,7 @@ def build_plan(
         model,
         weight,
         dtype=options.dtype,
+        weight_group=options.weight_group,
         pool=pool,
         max_num_seqs=options.limits.max_num_seqs,
     )
