@@ -6,7 +6,8 @@
 builder     two layers of Llama-3-8B's shape, built, loaded and compared with the torch module
 kernels     each kernel by itself: gpu_linear.py, gpu_kernels.py, gpu_sampling.py
 8b, 7b      decode steps, prompts and whole requests at that shape with random weights, beside vLLM's figures
-hosted      the same plan hosted by Triton and in the scheduler's process, to clients that stream
+hosted      the same plan hosted by Triton and in the scheduler's process, to clients that stream; the
+            servers' logs are left in OUT, and where Triton can't load it, it is tried without CUDA graphs
 precision   what the numerics gate sees of bf16 and fp16
 
 A stage writes OUT/STAGE.json after every result and ends within nine minutes: what there is no time for is
@@ -70,6 +71,8 @@ SLOWEST_TOKENS_PER_S = 4500
 PEER_FILE = Path(__file__).with_name("vllm_h200.json")
 SMALL_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "quire-small"
 STAGE_S = 520
+LOAD_S = 100.0
+"""Seconds that a server of stage hosted may take to load."""
 KERNEL_SCRIPTS = {"gpu_sampling.py": 100, "gpu_kernels.py": 150, "gpu_linear.py": 210}
 """With the seconds that each is given; those that can are told."""
 TOLD_SECONDS = ("gpu_kernels.py", "gpu_linear.py")
@@ -424,7 +427,20 @@ def measure_against_eager(results: Results, loaded: LoadedPlan, eager: Mapping[s
 
 
 def check_hosted(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
-    from gpu_serving import random_repository, serve_and_measure  # needs a client of Triton
+    from gpu_serving import random_repository, serve_and_measure, without_graphs  # needs a client of Triton
+    from serving import ServerNotReadyError
+
+    def serve(name: str, repository: Path) -> bool:
+        """Whether it got ready; why not is in the results, and more of it in the server's log."""
+        log = options.out / f"hosted-{name.replace(' ', '-')}.log"
+        limit_s = min(LOAD_S, clock.left_s)
+        try:
+            for row in serve_and_measure(repository, log, options.streams, 10, limit_s):
+                results.add(serving=name, **row)
+        except ServerNotReadyError as error:
+            results.check(False, serving=name, not_ready=str(error), log=log.name)
+            return False
+        return True
 
     repositories = {}
     plan: Path | None = None
@@ -434,9 +450,11 @@ def check_hosted(results: CheckedResults, options: argparse.Namespace, clock: Cl
         plan = repository / placement.engine_owner / "1"
         repositories[placement] = repository
         results.add(repository=placement, shape=options.shape, **seconds)
-    for placement, repository in repositories.items():
-        for row in serve_and_measure(repository, options.streams, seconds=10):
-            results.add(serving=placement, **row)
+    hosted = repositories[EnginePlacement.HOSTED]
+    if not serve("hosted", hosted):
+        with without_graphs(hosted):
+            serve("hosted without graphs", hosted)
+    serve("in-process", repositories[EnginePlacement.IN_PROCESS])
 
 
 def check_precision(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:

@@ -4,30 +4,38 @@
 
 Each repository is served by itself, one after the other, because a GPU's memory holds one of them. The
 clients are those of serving.py: streams over gRPC, each sending the next request when one has ended, with
-prompts of 128 tokens and 128 tokens of output.
+prompts of 128 tokens and 128 tokens of output. The server's whole log is kept beside OUT.json. Where Triton
+hosts the plan, `engine_ms` is what it says of a call: all of it, and the part that the GPU computed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_plan import DTYPES, RandomWeights, Shape, build_random_plan
+from google.protobuf import text_format
+from gpu_plan import DTYPES, LIMITS, RandomWeights, Shape, build_random_plan
 from gpu_timing import Results
 from random_checkpoint import write_tokenizer
-from serving import Load, measure, own_server
+from serving import LOAD_TIMEOUT_S, Load, busiest_threads, measure, own_server
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.utils import InferenceServerException
 
 from quire.execution.manifest import read_manifest
-from quire.interface import EnginePlacement
+from quire.interface import ENGINE, EnginePlacement
 from quire_build.repository import DEFAULT_FRONTENDS, engine_dir, write_configs, write_model_files
-from quire_build.tensorrt.builder import HOST_RESERVE_BYTES, PLAN_FILE
+from quire_build.tensorrt.builder import PLAN_FILE
+from quire_build.tensorrt.hosted_memory import host_reserve_bytes
 from quire_build.tensorrt.machine import this_gpu
 
 STREAMS = (1, 32, 256)
@@ -57,8 +65,10 @@ def random_repository(
     directory.mkdir(parents=True)
     seconds: dict[str, float] = {}
     if plan is None:
-        weight_bytes = RandomWeights(shape.decoder_config, 1, DTYPES[shape.precision]).num_elements * 2
-        pool_bytes = int(this_gpu().memory_bytes * MEMORY_SHARE) - weight_bytes - HOST_RESERVE_BYTES
+        config, dtype = shape.decoder_config, DTYPES[shape.precision]
+        weight_bytes = RandomWeights(config, 1, dtype).num_elements * dtype.itemsize
+        kept = weight_bytes + host_reserve_bytes(config, LIMITS, dtype.itemsize)
+        pool_bytes = int(this_gpu().memory_bytes * MEMORY_SHARE) - kept
         seconds = build_random_plan(shape, directory, pool_bytes=pool_bytes)
     else:
         for name in ENGINE_FILES:
@@ -74,15 +84,78 @@ def random_repository(
 
 
 def serve_and_measure(
-    repository: Path, streams: Sequence[int] = STREAMS, seconds: float = 10
+    repository: Path,
+    log: Path,
+    streams: Sequence[int] = STREAMS,
+    seconds: float = 10,
+    load_timeout_s: float = LOAD_TIMEOUT_S,
 ) -> Iterator[dict[str, Any]]:
-    """Serve a repository and yield a row for each number of streams; the first says how long loading took."""
+    """Serve a repository and yield a row for each number of streams; the first says how long loading took.
+
+    Raises:
+        ServerNotReadyError: it was not loaded in time; says what server and GPU did meanwhile.
+    """
     torch.cuda.empty_cache()  # the server wants what this process has freed
     began = time.monotonic()
-    with own_server(repository) as url, multiprocessing.get_context("spawn").Manager() as manager:
-        yield {"ready_after_s": round(time.monotonic() - began, 1)}
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(
+            own_server(
+                repository,
+                log=log,
+                load_timeout_s=load_timeout_s,
+                describe=lambda: f"{busiest_threads()}; GPU: {gpu_state()}",
+            )
+        )
+        yield {"ready_after_s": round(time.monotonic() - began, 1), "gpu": gpu_state()}
+        manager = stack.enter_context(multiprocessing.get_context("spawn").Manager())
         for number in streams:
-            yield measure(Load(url, seconds, PROMPT_TOKENS, OUTPUT_TOKENS), number, CLIENTS, manager)
+            before = engine_times(url)
+            row = measure(Load(url, seconds, PROMPT_TOKENS, OUTPUT_TOKENS), number, CLIENTS, manager)
+            yield row | engine_ms(before, engine_times(url))
+
+
+def gpu_state() -> str:
+    """How busy the GPU is, and how much of its memory is used."""
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,memory.total", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def engine_times(url: str) -> dict[str, int]:
+    """What Triton counted of the calls of a hosted engine: calls, and nanoseconds by what they went to."""
+    with contextlib.closing(InferenceServerClient(url)) as client:
+        try:
+            [model] = client.get_inference_statistics(ENGINE).model_stats
+        except InferenceServerException:  # it is in the scheduler's process
+            return {}
+    counted = model.inference_stats
+    return {
+        "calls": counted.success.count,
+        "whole": counted.success.ns,
+        "gpu": counted.compute_infer.ns,
+    }
+
+
+def engine_ms(before: dict[str, int], after: dict[str, int]) -> dict[str, Any]:
+    """Mean times of the calls between two readings."""
+    calls = after.get("calls", 0) - before.get("calls", 0)
+    if calls == 0:
+        return {}
+    times = {name: round((after[name] - before[name]) / calls / 1e6, 3) for name in ("whole", "gpu")}
+    return {"engine_calls": calls, "engine_ms": times}
+
+
+@contextlib.contextmanager
+def without_graphs(repository: Path) -> Iterator[None]:
+    """Have Triton host the repository's plan without CUDA graphs while the block runs."""
+    path = repository / ENGINE / "config.pbtxt"
+    text = path.read_text()
+    config = text_format.Parse(text, ModelConfig())
+    config.optimization.ClearField("cuda")
+    path.write_text(text_format.MessageToString(config))
+    try:
+        yield
+    finally:
+        path.write_text(text)
 
 
 def main() -> None:
@@ -94,7 +167,8 @@ def main() -> None:
     options = parser.parse_args()
     results = Results(options.out)
     for repository in options.repositories:
-        for row in serve_and_measure(repository, options.streams, options.seconds):
+        log = options.out.with_name(f"{options.out.stem}-{repository.name}.log")
+        for row in serve_and_measure(repository, log, options.streams, options.seconds):
             results.add(serving=str(repository), **row)
 
 

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import os
 import random
 import signal
 import socket
@@ -25,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
@@ -40,6 +41,7 @@ from quire_client import AsyncClient, Client
 NUM_STREAMS = (1, 8, 32, 128, 256)
 REQUEST_TIMEOUT_S = 300
 LOAD_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 60
 PROMPT_IDS = range(300, 1000)
 """Ordinary tokens in any vocabulary that a language model would have."""
 
@@ -173,9 +175,29 @@ def percentiles(seconds: list[float]) -> dict[str, float] | None:
     return {"p50": round(float(p50), 2), "p99": round(float(p99), 2)}
 
 
+class ServerNotReadyError(Exception):
+    """A server of our own ended, or had not loaded its models in time; says what its processes did."""
+
+
 @contextlib.contextmanager
-def own_server(repository: Path) -> Iterator[str]:
-    """`quire serve` of a repository while the block runs; its gRPC address."""
+def own_server(
+    repository: Path,
+    *,
+    log: Path | None = None,
+    load_timeout_s: float = LOAD_TIMEOUT_S,
+    describe: Callable[[], str] = lambda: busiest_threads(),
+) -> Iterator[str]:
+    """`quire serve` of a repository while the block runs; its gRPC address.
+
+    Args:
+        repository: to serve.
+        log: takes the server's whole log; without it what an operator would see goes to this one's output.
+        load_timeout_s: seconds that it may take to load.
+        describe: says what a server does that takes longer, while it still does it.
+
+    Raises:
+        ServerNotReadyError: it did not get ready.
+    """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
         for unbound in sockets:
@@ -183,19 +205,59 @@ def own_server(repository: Path) -> Iterator[str]:
         ports = [bound.getsockname()[1] for bound in sockets]
     flags = [f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)]
     command = [sys.executable, "-m", "quire.cli", "serve", str(repository), *flags]
-    server = subprocess.Popen(command, start_new_session=True)
-    url = f"127.0.0.1:{ports[0]}"
-    try:
-        deadline = time.monotonic() + LOAD_TIMEOUT_S
+    with contextlib.ExitStack() as stack:
+        output = None
+        if log is not None:
+            command.append("--verbose")
+            output = stack.enter_context(log.open("wb"))
+        server = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=output)
+        stack.callback(_stop, server)
+        url = f"127.0.0.1:{ports[0]}"
+        deadline = time.monotonic() + load_timeout_s
         with Client(url) as client:
             while not client.is_ready():
-                if server.poll() is not None or time.monotonic() > deadline:
-                    sys.exit("the server did not get ready")
+                if server.poll() is not None:
+                    raise ServerNotReadyError(f"the server ended with exit status {server.returncode}")
+                if time.monotonic() > deadline:
+                    raise ServerNotReadyError(f"not ready after {load_timeout_s:g} s; {describe()}")
                 time.sleep(0.1)
         yield url
-    finally:
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """As an operator would; at once where that has no effect."""
+    server.send_signal(signal.SIGINT)
+    try:
+        server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
         server.send_signal(signal.SIGINT)
         server.wait()
+
+
+def busiest_threads(program: str = "tritonserver", seconds: float = 1.0, most: int = 5) -> str:
+    """Which threads of a program use the processor, and in which state each is, in one line."""
+    before = _thread_times(program)
+    time.sleep(seconds)
+    ticks = os.sysconf("SC_CLK_TCK") * seconds
+    shares = [
+        (used - before.get(thread, ("", 0))[1], state, thread)
+        for thread, (state, used) in _thread_times(program).items()
+    ]
+    busiest = sorted(shares, reverse=True)[:most]
+    described = ", ".join(f"{thread} {state} {used / ticks:.0%}" for used, state, thread in busiest)
+    return f"threads of {program}: {described or 'none'}"
+
+
+def _thread_times(program: str) -> dict[str, tuple[str, int]]:
+    """State and ticks of processor time of each thread of a program, by `process/thread`."""
+    times = {}
+    for path in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if (path.parents[2] / "comm").read_text().strip() == program:
+                fields = path.read_text().rpartition(")")[2].split()
+                thread = f"{path.parts[2]}/{path.parts[4]}"
+                times[thread] = (fields[0], int(fields[11]) + int(fields[12]))
+    return times
 
 
 def measure_in_turns(
