@@ -27,7 +27,8 @@ LARGEST: Mapping[NarrowType, float] = {"int8": 127.0, "fp8": 448.0}
 """The largest number that a scale maps to; int8 leaves -128 out, so that both signs reach as far."""
 DTYPES: Mapping[NarrowType, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 KEPT = ("lm_head",)
-"""Linear layers that are never quantised: the head's errors go straight into the logits."""
+"""Linear layers that are not quantised by channels: the head's errors go straight into the logits. In groups
+they are small enough."""
 WEIGHT_GROUP = 64
 """Inputs of an output channel that share a scale, in a plan; the last group of a channel may be shorter."""
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -94,8 +95,8 @@ def quantize_in_groups(
     """
     n, k = weight.shape
     groups = -(-k // group)
-    values = torch.empty(n, k, dtype=DTYPES[narrow])
-    scales = torch.empty(n, groups, dtype=scale_dtype)
+    values = torch.empty(n, k, dtype=DTYPES[narrow], device=weight.device)
+    scales = torch.empty(n, groups, dtype=scale_dtype, device=weight.device)
     rows = max(1, _ELEMENTS_AT_ONCE // k)
     for first in range(0, n, rows):
         part = weight[first : first + rows].float()
@@ -149,18 +150,22 @@ def round_in_place(decoder: Decoder, dtype: torch.dtype) -> None:
             module.register_forward_hook(output)
 
 
-def plan_decoder(decoder: Decoder) -> Decoder:
-    """A copy that computes as a plan of int8 does.
+def plan_decoder(decoder: Decoder, narrow: NarrowType = "int8", *, head: bool = True) -> Decoder:
+    """A copy that computes as a plan with weights of few bits does; plans have int8, and the head with it.
 
-    Every linear layer has weights of int8 in groups of inputs, the output layer too; everything else is
-    rounded to bf16.
+    Every linear layer has its weights in groups of inputs; everything else is rounded to bf16.
+
+    Args:
+        decoder: float32.
+        narrow: the weights' type.
+        head: quantise the output layer too.
     """
     rounded = rounded_decoder(decoder, torch.bfloat16)
     for name, linear in rounded.named_modules():
-        if isinstance(linear, nn.Linear):
+        if isinstance(linear, nn.Linear) and (head or name not in KEPT):
             original = decoder.get_submodule(name).weight
             assert isinstance(original, Tensor)
-            weight = quantize_in_groups(original, "int8", torch.bfloat16)
+            weight = quantize_in_groups(original, narrow, torch.bfloat16)
             linear.weight = nn.Parameter(weight.dequantized(), requires_grad=False)
     return rounded
 

@@ -1,11 +1,11 @@
 """Times of the linear layers of Llama-3-8B in candidate tiles, beside cuBLAS's for the same products.
 
-    PYTHONPATH=build:backends python tests/benchmarks/gpu_linear.py --seconds 300 --output OUT.json
+    PYTHONPATH=build:backends python tests/benchmarks/gpu_linear.py --seconds 300 --output OUT.json [--int8]
 
-For each kind of layer and number of rows, bfloat16: CUDA graph replays over several weights, so that no cache
-helps. Tiles that a plan cannot launch are left out. The candidates are compiled first, by all processors; the
-most promising are measured first, and what the time does not suffice for is left out. `linear_tiles.py` holds
-what came out of this.
+For each kind of layer and number of rows, bfloat16 (with --int8 weights of int8 in groups, but
+cuBLAS's of bfloat16): CUDA graph replays over several weights, so that no cache helps. Tiles that a plan cannot launch
+are left out. The candidates are compiled first, by all processors; the most promising are measured first, and
+what the time does not suffice for is left out. `linear_tiles.py` holds what came out of this.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -29,6 +29,7 @@ from gpu_timing import Results, graph_time_ms
 from torch import Tensor
 
 from quire.execution.engine_state import NUM_COUNTERS, engine_state_elements
+from quire_build.quantization import WEIGHT_GROUP, quantize_in_groups
 from quire_build.tensorrt.kernels.compiled import MAX_SHARED_BYTES
 from quire_build.tensorrt.linear_tiles import LinearTile, tiles
 from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic
@@ -60,6 +61,14 @@ PLAIN_SHAPES = (
 )  # fmt: skip
 GATED_SHAPES = ((32, 64, 64, 4, 3), (128, 64, 32, 4, 3), (128, 32, 64, 4, 2), (16, 64, 64, 4, 3))
 """Rows, columns and depth of a tile, warps, stages: candidates besides those that are in use."""
+INT8_PLAIN_SHAPES = (
+    (16, 128, 64, 4, 5), (32, 128, 64, 4, 4), (64, 32, 64, 4, 4), (128, 64, 64, 8, 2), (64, 128, 64, 4, 2),
+    (128, 64, 64, 4, 2), (128, 128, 32, 8, 2),
+)  # fmt: skip
+INT8_GATED_SHAPES = (
+    (16, 64, 64, 4, 5), (32, 64, 64, 4, 4), (64, 64, 64, 4, 2), (128, 32, 64, 4, 2), (128, 64, 32, 8, 2),
+)  # fmt: skip
+"""The same for weights of int8."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,27 @@ class Variant:
         return self.layer.launch_in(self.tile, [(rows, self.layer.k)], PlainArithmetic())
 
 
-def candidates(kind: str) -> list[LinearTile]:
+@dataclass(frozen=True)
+class Weight:
+    """A layer's weight as the kernel takes it, and the bfloat16 matrix that it is or stands for."""
+
+    operand: Tensor
+    scales: Tensor
+    wide: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """What the kernel reads."""
+        return self.operand.nbytes + (self.scales.nbytes if self.operand is not self.wide else 0)
+
+
+def candidates(layer: Linear) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
-    layer = KINDS[kind]
-    found = list(tiles(layer.n, layer.k, bool(layer.gated)))
-    shapes = [astuple(tile)[1:] for tile in found] + list(GATED_SHAPES if layer.gated else PLAIN_SHAPES)
+    found = list(tiles(layer.n, layer.k, bool(layer.gated), layer.weight_group))
+    gated, plain = (
+        (INT8_GATED_SHAPES, INT8_PLAIN_SHAPES) if layer.weight_group else (GATED_SHAPES, PLAIN_SHAPES)
+    )
+    shapes = [astuple(tile)[1:] for tile in found] + list(gated if layer.gated else plain)
     for programs in PROGRAMS:
         for shape in shapes:
             block_m, block_n, block_k, _, _ = shape
@@ -107,7 +132,7 @@ def suited(usable: Iterable[LinearTile], rows: int) -> list[LinearTile]:
 def compile_variant(variant: Variant) -> int:
     """Compile into the language's cache on disk; bytes of shared memory, or -1 if that is not possible."""
     launch = variant.launch(64)
-    types = {MODEL: torch.bfloat16, "fp32": torch.float32, "i64": torch.int64}
+    types = {MODEL: torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
     arguments = [types[kind[1:]] if kind.startswith("*") else 1 for kind in launch.types.values()]
     try:
         built = launch.kernel.warmup(
@@ -130,17 +155,27 @@ def launchable(pool: ProcessPoolExecutor, variants: Sequence[Variant]) -> list[V
 
 
 class Bench:
-    """Weights of every kind, and room for what the layers read and write besides."""
+    """Layers of every kind with weights, and room for what they read and write besides."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight_group: int) -> None:
+        self.layers = {kind: replace(layer, weight_group=weight_group) for kind, layer in KINDS.items()}
         self.state = torch.zeros(engine_state_elements(256), dtype=torch.int64, device="cuda")
-        self.weights = {kind: self._weights(layer) for kind, layer in KINDS.items()}
+        self.weights = {kind: self._weights(layer) for kind, layer in self.layers.items()}
         self._scratch = torch.empty(1, device="cuda")
 
-    def _weights(self, layer: Linear) -> list[Tensor]:
+    def _weights(self, layer: Linear) -> list[Weight]:
+        element_bytes = 1 if layer.weight_group else 2
+        copies = max(2, WEIGHT_BYTES // (element_bytes * layer.n * (1 + layer.gated) * layer.k))
+        return [self._weight(layer) for _ in range(copies)]
+
+    def _weight(self, layer: Linear) -> Weight:
         shape = (layer.n * (1 + layer.gated), layer.k)
-        copies = max(2, WEIGHT_BYTES // (2 * shape[0] * shape[1]))
-        return [torch.randn(shape, dtype=torch.bfloat16, device="cuda") * 0.02 for _ in range(copies)]
+        wide = torch.randn(shape, dtype=torch.bfloat16, device="cuda") * 0.02
+        if not layer.weight_group:
+            return Weight(wide, wide, wide)
+        narrow = quantize_in_groups(wide, "int8", torch.bfloat16, layer.weight_group)
+        wide = narrow.dequantized().to(torch.bfloat16)
+        return Weight(narrow.values.view(torch.int32), narrow.scales.T.contiguous(), wide)
 
     def inputs(self, layer: Linear, rows: int) -> dict[str, Tensor]:
         """What a layer reads beside its weight."""
@@ -163,7 +198,7 @@ class Bench:
     def ready(
         self,
         variant: Variant,
-        weight: Tensor,
+        weight: Weight,
         inputs: dict[str, Tensor],
         outputs: list[Tensor],
     ) -> Callable[[], object]:
@@ -175,8 +210,8 @@ class Bench:
         if self._scratch.numel() < wanted:
             self._scratch = torch.empty(wanted, device="cuda")
         arguments = [
-            x, weight, inputs["squares"], inputs["residual"], inputs["next_norm"], x, x, self.state,
-            *launch.integers, *outputs, self._scratch,
+            x, weight.operand, inputs["squares"], inputs["residual"], inputs["next_norm"], x, weight.scales,
+            self.state, *launch.integers, *outputs, self._scratch,
         ]  # fmt: skip
         return functools.partial(
             launch.kernel[launch.grid],
@@ -186,13 +221,13 @@ class Bench:
             num_stages=launch.num_stages,
         )
 
-    def error(self, variant: Variant, rows: int) -> float:
+    def error(self, variant: Variant, weight: Weight, rows: int) -> float:
         """Distance of a layer's result from torch's in float32, relative to it."""
-        layer, weight = variant.layer, self.weights[kind_of(variant.layer)][0]
+        layer = variant.layer
         inputs, outputs = self.inputs(layer, rows), self.outputs(layer, rows)
         outputs[0].fill_(float("nan"))
         self.ready(variant, weight, inputs, outputs)()
-        expected = inputs["x"].float() @ weight.float().T
+        expected = inputs["x"].float() @ weight.wide.float().T
         if layer.normed:
             scale = inputs["x"].float().square().mean(-1, keepdim=True) + layer.epsilon
             expected *= torch.rsqrt(scale)
@@ -202,11 +237,6 @@ class Bench:
         if layer.adds_residual:
             expected += inputs["residual"].float()
         return float((outputs[0].float() - expected).norm() / expected.norm())
-
-
-def kind_of(layer: Linear) -> str:
-    """The name of a layer's kind."""
-    return next(kind for kind, other in KINDS.items() if layer == other)
 
 
 def one_after_another(launches: Iterable[Callable[[], object]]) -> Callable[[int], None]:
@@ -232,10 +262,10 @@ def measure_tiles(
     best: dict[tuple[str, int], tuple[float, LinearTile]] = {}
     cublas: dict[tuple[str, int], float] = {}
     usable: dict[str, list[LinearTile]] = {}
-    for kind, layer in KINDS.items():
-        variants = launchable(pool, [Variant(layer, tile) for tile in candidates(kind)])
+    for kind, layer in bench.layers.items():
+        variants = launchable(pool, [Variant(layer, tile) for tile in candidates(layer)])
         usable[kind] = [variant.tile for variant in variants]
-        print(f"{kind}: {len(variants)} of {len(candidates(kind))} candidates", flush=True)
+        print(f"{kind}: {len(variants)} of {len(candidates(layer))} candidates", flush=True)
     cases = [(kind, rows) for rows in ROWS for kind in KINDS if kind != "lm_head" or rows <= MOST_LOGITS]
     given = {(kind, rows): suited(usable[kind], rows) for kind, rows in cases}
     checked: dict[tuple[str, LinearTile], float] = {}
@@ -243,12 +273,13 @@ def measure_tiles(
         for kind, rows in cases:
             if time.monotonic() > deadline:
                 return best
-            layer, weights = KINDS[kind], bench.weights[kind]
+            layer, weights = bench.layers[kind], bench.weights[kind]
             inputs, outputs = bench.inputs(layer, rows), bench.outputs(layer, rows)
             if rank < 0:
-                wide = torch.empty(rows, weights[0].shape[0], dtype=torch.bfloat16, device="cuda")
+                wide = torch.empty(rows, weights[0].wide.shape[0], dtype=torch.bfloat16, device="cuda")
                 step = one_after_another(
-                    functools.partial(torch.matmul, inputs["x"], weight.T, out=wide) for weight in weights
+                    functools.partial(torch.matmul, inputs["x"], weight.wide.T, out=wide)
+                    for weight in weights
                 )
                 cublas[kind, rows] = 1e3 * graph_time_ms(step, replays(rows)) / len(weights)
                 continue
@@ -257,7 +288,7 @@ def measure_tiles(
             tile = given[kind, rows][rank]
             variant = Variant(layer, tile)
             if (kind, tile) not in checked:
-                checked[kind, tile] = bench.error(variant, min(rows, 300) - 1 or 1)
+                checked[kind, tile] = bench.error(variant, weights[0], min(rows, 300) - 1 or 1)
             launches = (bench.ready(variant, weight, inputs, outputs) for weight in weights)
             us = 1e3 * graph_time_ms(one_after_another(launches), replays(rows)) / len(weights)
             right = checked[kind, tile] < 1e-2
@@ -268,7 +299,8 @@ def measure_tiles(
                 rows=rows,
                 us=round(us, 2),
                 cublas_us=round(cublas[kind, rows], 2),
-                share_of_bandwidth=results.share_of_bandwidth(2 * weights[0].numel(), us / 1e3),
+                share_of_bandwidth=results.share_of_bandwidth(weights[0].nbytes, us / 1e3),
+                weight_group=layer.weight_group,
                 error=round(checked[kind, tile], 5),
                 **asdict(tile),
             )
@@ -280,10 +312,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=400.0, help="after which to stop")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--int8", action="store_true", help="weights of int8, in groups as in a plan")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     results = Results(options.output)
-    bench = Bench()
+    bench = Bench(WEIGHT_GROUP if options.int8 else 0)
     processors = max(1, (os.cpu_count() or 2) - 1)
     with ProcessPoolExecutor(processors, mp_context=multiprocessing.get_context("spawn")) as pool:
         best = measure_tiles(results, bench, pool, end)

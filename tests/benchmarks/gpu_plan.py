@@ -32,12 +32,18 @@ from quire.execution.tensorrt.plan import TensorRTPlan
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
 from quire_build.export import export_graph
+from quire_build.quantization import WEIGHT_GROUP
 from quire_build.rope import cosine_and_sine
 from quire_build.tensorrt.builder import OUTPUTS, PLAN_FILE, STEP_INPUTS, TensorRTBuilder
 from quire_build.tensorrt.plan import PlanOptions, build_plan
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.bfloat16,
+}
+"""Of activations, KV and weights that are not quantised."""
 STANDARD_DEVIATION = 0.02
 BLOCK_SIZE = TensorRTBuilder.block_size
 
@@ -81,7 +87,9 @@ LLAMA_2_7B = {
 SHAPES = {
     "8b": Shape(LLAMA_3_8B, "bf16"),
     "7b": Shape(LLAMA_2_7B, "fp16"),
+    "8b int8": Shape(LLAMA_3_8B, "int8"),
     "2 layers of 8b": Shape(LLAMA_3_8B | {"num_hidden_layers": 2}, "bf16"),
+    "2 layers of 8b int8": Shape(LLAMA_3_8B | {"num_hidden_layers": 2}, "int8"),
 }
 
 
@@ -154,6 +162,7 @@ def build_random_plan(
         block_size=BLOCK_SIZE,
         kv_bytes_per_block=kv_bytes_per_block,
         pool_bytes=pool_bytes,
+        weight_group=WEIGHT_GROUP if precision == "int8" else 0,
     )
     weights = RandomWeights(config, limits.max_model_len, dtype)
     plan = build_plan(graph, weights, options, lambda line: print(line, flush=True))

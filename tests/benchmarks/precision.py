@@ -23,6 +23,7 @@ from quire_build.gate import compare, describe, read_tokens, text_workload
 from quire_build.quantization import (
     Calibration,
     NarrowType,
+    plan_decoder,
     quantized_decoder,
     rounded_decoder,
 )
@@ -57,6 +58,11 @@ def sides(
             ):
                 yield f"{narrow} {what}, against {name}", narrow, against, (decoder, torch.bfloat16)
         yield f"fp8 KV, against {name}", "fp8", against, (bf16[0], torch.float8_e4m3fn)
+        for narrow in NARROW:
+            for head in (False, True):
+                decoder = plan_decoder(plain, narrow, head=head)
+                what = "weights in groups, head too" if head else "weights in groups"
+                yield f"{narrow} {what}, against {name}", narrow, against, (decoder, torch.bfloat16)
 
 
 def main() -> None:
