@@ -31,7 +31,7 @@ KEPT = ("lm_head",)
 they are small enough."""
 WEIGHT_GROUP = 64
 """Inputs of an output channel that share a scale, in a plan; the last group of a channel may be shorter."""
-_ELEMENTS_AT_ONCE = 1 << 22
+_ELEMENTS_AT_ONCE = 1 << 20
 """Of a weight that is quantised, widened to float32."""
 
 

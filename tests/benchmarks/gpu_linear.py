@@ -2,8 +2,8 @@
 
     PYTHONPATH=build:backends python tests/benchmarks/gpu_linear.py --seconds 300 --output OUT.json [--int8]
 
-For each kind of layer and number of rows, bfloat16 (with --int8 weights of int8 in groups, but
-cuBLAS's of bfloat16): CUDA graph replays over several weights, so that no cache helps. Tiles that a plan cannot launch
+For each kind of layer and number of rows, bfloat16 (with --int8 weights of int8 in groups, beside cuBLAS's of
+bfloat16): CUDA graph replays over several weights, so that no cache helps. Tiles that a plan cannot launch
 are left out. The candidates are compiled first, by all processors; the most promising are measured first, and
 what the time does not suffice for is left out. `linear_tiles.py` holds what came out of this.
 """
