@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from quire.errors import BuildError
 from quire.execution.manifest import EngineLimits
+from quire.interface import EnginePlacement
 from quire_build.decoder_config import DecoderConfig
+from quire_build.engine_builder import EngineOptions
+from quire_build.tensorrt import builder
 from quire_build.tensorrt.hosted_memory import activation_bytes, host_reserve_bytes
+from quire_build.tensorrt.machine import Gpu
 from quire_build.tensorrt.operators import PagedAttend, Sample
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
@@ -76,3 +82,17 @@ def test_every_profile_has_a_context_with_memory_for_the_largest_step() -> None:
         - activation_bytes(LLAMA_8B, one_profile, 2)
     )
     assert 4 << 30 < four < 5 << 30
+
+
+def test_the_pool_gets_what_weights_and_reserve_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "this_gpu", lambda: Gpu("an H100", 90, 80 << 30))
+    options = EngineOptions(
+        precision="bf16", limits=LIMITS, placement=EnginePlacement.HOSTED, gpu_memory_utilization=90
+    )
+    build = builder.TensorRTBuilder()
+    left = (72 << 30) - host_reserve_bytes(LLAMA_8B, LIMITS, 2)
+    assert build._hosted_pool_bytes(options, LLAMA_8B, 16 << 30) == left - (16 << 30)
+    with pytest.raises(BuildError, match="nothing is left for the KV pool"):
+        build._hosted_pool_bytes(options, LLAMA_8B, left)
+    in_process = replace(options, placement=EnginePlacement.IN_PROCESS)
+    assert build._hosted_pool_bytes(in_process, LLAMA_8B, left) == 0

@@ -22,10 +22,10 @@ from quire_build.workload import Workload
 if TYPE_CHECKING:
     import onnx
 
+    from quire_build.decoder_config import DecoderConfig
+
 PLAN_FILE = "model.plan"
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
-HOST_RESERVE_BYTES = 2 << 30
-"""Left free beside weights and pool of a hosted plan for its activations, the server and CUDA itself."""
 OUTPUTS = ("logits", "sampled_ids", "pool_info", "step_done")
 STEP_INPUTS = (
     "input_ids",
@@ -78,7 +78,9 @@ class TensorRTBuilder:
             limits=limits,
             block_size=self.block_size,
             kv_bytes_per_block=config.kv_elements_per_token * self.block_size * element_bytes,
-            pool_bytes=self._hosted_pool_bytes(options, weight_bytes(graph, element_bytes, weight_group)),
+            pool_bytes=self._hosted_pool_bytes(
+                options, config, weight_bytes(graph, element_bytes, weight_group)
+            ),
             weight_group=weight_group,
             timing_cache=_cache_directory() / TIMING_CACHE_FILE,
         )
@@ -99,22 +101,24 @@ class TensorRTBuilder:
             return_logits=True,
         )
 
-    def _hosted_pool_bytes(self, options: EngineOptions, weight_bytes: int) -> int:
+    def _hosted_pool_bytes(self, options: EngineOptions, config: DecoderConfig, weight_bytes: int) -> int:
         """Size of the pool that Triton will allocate with the plan; 0 where the scheduler's process does.
 
         Raises:
-            BuildError: the weights leave nothing.
+            BuildError: weights and activations leave nothing.
         """
+        from quire_build.tensorrt.hosted_memory import host_reserve_bytes
+
         if options.placement is not EnginePlacement.HOSTED:
             return 0
-        gpu = this_gpu()
-        allowed = gpu.memory_bytes * options.gpu_memory_utilization // 100
-        pool_bytes = allowed - weight_bytes - HOST_RESERVE_BYTES
+        allowed = this_gpu().memory_bytes * options.gpu_memory_utilization // 100
+        reserve = host_reserve_bytes(config, options.limits, self.kv_element_bytes[options.precision])
+        pool_bytes = allowed - weight_bytes - reserve
         if pool_bytes <= 0:
             raise BuildError(
                 f"{options.gpu_memory_utilization}% of the GPU's memory are {allowed} bytes, but the weights "
-                f"take {weight_bytes} and {HOST_RESERVE_BYTES} are kept for activations: nothing is left for "
-                "the KV pool"
+                f"take {weight_bytes} and {reserve} are kept for activations and the server: nothing is left "
+                "for the KV pool; a smaller --max-num-batched-tokens needs less"
             )
         return pool_bytes
 
