@@ -142,7 +142,8 @@ def plan_config(manifest: Manifest) -> model_config_pb2.ModelConfig:
 
     One instance on one GPU, because the backend gives every instance input buffers of its own and the pool is
     among them. It picks the profile whose ranges a step fits, and launches a step whose shapes are exactly
-    those of a graph_spec as a CUDA graph.
+    those of a graph_spec as a CUDA graph. A graph_spec cannot name its profile: the backend tries each under
+    every profile, and logs as errors that those which don't hold it refuse.
     """
     plan = manifest.plan
     if plan is None:
