@@ -120,7 +120,9 @@ def test_what_is_not_ours_builds_for_every_profile() -> None:
     config.max_aux_streams = 0
     ranges = plan.profile_ranges(OPTIONS.limits)
     for tokens in ranges:
-        profile = plan._profile(builder, OPTIONS, OPTIONS.pool, tokens)
+        profile = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in plan.step_shapes(OPTIONS, OPTIONS.pool, tokens).items():
+            profile.set_shape(name, smallest, usual, largest)
         for made in network.made:
             smallest, largest = (tuple(n if size < 0 else size for size in made.shape) for n in tokens)
             profile.set_shape(made.name, smallest, largest, largest)

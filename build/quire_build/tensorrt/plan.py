@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quire.errors import BuildError
-from quire.execution.engine_state import MAX_POOLS, engine_state_elements
+from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES, engine_state_elements
 from quire.execution.manifest import EngineLimits, PlanDetails
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.machine import tensorrt_module, this_gpu
@@ -32,6 +32,7 @@ LARGEST_TENSOR = 2**31 - 1
 POOL_ELEMENT_BYTES = 8
 
 Progress = Callable[[str], None]
+Shape = tuple[int, ...]
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +72,8 @@ class PlanOptions:
             most = (2**31 - 1) // self.block_size
             return PoolLayout(max_blocks=most, num_pools=1, blocks_per_pool=most)
         max_blocks = self.pool_bytes // self.kv_bytes_per_block
-        blocks_per_pool = LARGEST_TENSOR * POOL_ELEMENT_BYTES // self.kv_bytes_per_block
+        largest_bytes = LARGEST_TENSOR * POOL_ELEMENT_BYTES - POOL_HEADER_BYTES
+        blocks_per_pool = largest_bytes // self.kv_bytes_per_block
         num_pools = -(-max_blocks // blocks_per_pool)
         if max_blocks < 2 or num_pools > MAX_POOLS:
             raise BuildError(
@@ -141,7 +143,10 @@ def build_plan(
     cache = _timing_cache(config, options.timing_cache)
     ranges = profile_ranges(options.limits)
     for tokens in ranges:
-        config.add_optimization_profile(_profile(builder, options, pool, tokens))
+        profile = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in step_shapes(options, pool, tokens).items():
+            profile.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(profile)
     progress(f"building with TensorRT {trt.__version__} for {len(ranges)} ranges of tokens")
     data = builder.build_serialized_network(network, config)
     if data is None:
@@ -174,13 +179,15 @@ def decode_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*sizes, max_num_seqs)
 
 
-def _profile(builder: Any, options: PlanOptions, pool: PoolLayout, tokens: tuple[int, int]) -> Any:
-    """Shapes of the steps of one range of tokens: smallest, the one to be fastest at, largest."""
+def step_shapes(
+    options: PlanOptions, pool: PoolLayout, tokens: tuple[int, int]
+) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Shapes of each input in steps of one range of tokens: smallest, the one to be fastest at, largest."""
     fewest, most = tokens
     limits = options.limits
     seqs = min(most, limits.max_num_seqs)
     blocks = -(-limits.max_model_len // options.block_size)
-    shapes = {
+    shapes: dict[str, tuple[Shape, Shape, Shape]] = {
         **dict.fromkeys(("input_ids", "positions", "slot_mapping"), ((fewest,), (most,), (most,))),
         "block_tables": ((1, 1), (seqs, blocks), (seqs, blocks)),
         "query_start_loc": ((2,), (seqs + 1,), (seqs + 1,)),
@@ -195,12 +202,10 @@ def _profile(builder: Any, options: PlanOptions, pool: PoolLayout, tokens: tuple
         elements = 1
         if options.pool_bytes:
             blocks_here = min(pool.blocks_per_pool, pool.max_blocks - number * pool.blocks_per_pool)
-            elements = blocks_here * options.kv_bytes_per_block // POOL_ELEMENT_BYTES
+            header_bytes = POOL_HEADER_BYTES if number else 0
+            elements = (header_bytes + blocks_here * options.kv_bytes_per_block) // POOL_ELEMENT_BYTES
         shapes[name] = ((1,), (1,), (elements,))
-    profile = builder.create_optimization_profile()
-    for name, (smallest, usual, largest) in shapes.items():
-        profile.set_shape(name, smallest, usual, largest)
-    return profile
+    return shapes
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:

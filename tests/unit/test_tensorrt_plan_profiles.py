@@ -1,0 +1,79 @@
+"""What a plan is built for: ranges of tokens, sizes of decode steps, a pool whose parts hold all blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from quire.errors import BuildError
+from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES
+from quire.execution.manifest import EngineLimits
+from quire_build.tensorrt.plan import (
+    LARGEST_TENSOR,
+    PlanOptions,
+    decode_sizes,
+    profile_ranges,
+    step_shapes,
+)
+
+LIMITS = EngineLimits(max_num_seqs=100, max_num_batched_tokens=2048, max_model_len=1000)
+BLOCK_BYTES = 131072
+
+
+def options(pool_bytes: int, limits: EngineLimits = LIMITS) -> PlanOptions:
+    return PlanOptions(
+        torch.bfloat16, limits, block_size=16, kv_bytes_per_block=BLOCK_BYTES, pool_bytes=pool_bytes
+    )
+
+
+@pytest.mark.parametrize("most", [1, 16, 17, 64, 100, 256, 257, 8192])
+def test_a_step_of_any_size_fits_exactly_one_profile(most: int) -> None:
+    limits = EngineLimits(max_num_seqs=1, max_num_batched_tokens=most, max_model_len=10)
+    ranges = profile_ranges(limits)
+    for tokens in range(1, most + 1):
+        assert sum(fewest <= tokens <= largest for fewest, largest in ranges) == 1
+    assert ranges[-1][1] == most
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 256])
+def test_decode_steps_are_padded_to_few_sizes_up_to_the_limit(most: int) -> None:
+    sizes = decode_sizes(most)
+    assert list(sizes) == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == most
+    assert all(size % 8 == 0 for size in sizes[:-1] if size > 4)
+
+
+@pytest.mark.parametrize("gigabytes", [1, 17, 18, 70, 130])
+def test_the_parts_of_a_hosted_pool_hold_all_its_blocks_behind_their_headers(gigabytes: int) -> None:
+    built_for = options(gigabytes * 10**9)
+    pool = built_for.pool
+    shapes = step_shapes(built_for, pool, (257, 2048))
+    held = 0
+    for number, name in enumerate(pool.input_names):
+        smallest, usual, (elements,) = shapes[name]
+        assert smallest == usual == (1,) and elements <= LARGEST_TENSOR
+        header = POOL_HEADER_BYTES if number else 0
+        assert (8 * elements - header) % BLOCK_BYTES == 0
+        here = (8 * elements - header) // BLOCK_BYTES
+        assert here == pool.blocks_per_pool or number == pool.num_pools - 1
+        held += here
+    assert held == pool.max_blocks == gigabytes * 10**9 // BLOCK_BYTES
+
+
+def test_a_pool_that_cannot_be_bound_is_refused() -> None:
+    for pool_bytes in (BLOCK_BYTES, (MAX_POOLS + 1) * 8 * LARGEST_TENSOR):
+        with pytest.raises(BuildError, match=f"would be {pool_bytes} bytes"):
+            assert options(pool_bytes).pool
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [((1, 16), 16), ((65, 256), 100), ((257, 2048), 100)])
+def test_a_profile_takes_as_many_sequences_as_its_tokens_and_the_limit_allow(
+    tokens: tuple[int, int], rows: int
+) -> None:
+    shapes: dict[str, Any] = step_shapes(options(0), options(0).pool, tokens)
+    assert shapes["input_ids"] == ((tokens[0],), (tokens[1],), (tokens[1],))
+    assert shapes["block_tables"][2] == (rows, 63)
+    assert shapes["query_start_loc"] == ((2,), (rows + 1,), (rows + 1,))
+    assert shapes["sampling"] == ((1, 5), (rows, 5), (rows, 5))
+    assert shapes["kv_cache.0"] == ((1,), (1,), (1,))
