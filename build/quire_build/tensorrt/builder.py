@@ -13,10 +13,11 @@ import msgspec
 from quire.errors import BuildError
 from quire.execution.executor import Executor
 from quire.execution.manifest import Manifest, Precision, Runtime
+from quire.execution.tensorrt.library import tensorrt_module
 from quire.interface import EnginePlacement
 from quire_build.checkpoint import Checkpoint, checkpoint_weights
 from quire_build.engine_builder import BuiltEngine, EngineOptions, Progress
-from quire_build.tensorrt.machine import tensorrt_module, this_gpu
+from quire_build.tensorrt.machine import this_gpu
 from quire_build.workload import Workload
 
 if TYPE_CHECKING:

@@ -1,15 +1,10 @@
-"""The TensorRT and the GPU that plans are built with."""
-
-# mypy: disable-error-code="import-not-found"
+"""The GPU that plans are built on and for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from quire.errors import BuildError
-
-MAJOR_VERSION = "11"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +15,6 @@ class Gpu:
     architecture: int
     """Compute capability, 90 for 9.0."""
     memory_bytes: int
-
-
-def tensorrt_module() -> Any:
-    """The module `tensorrt`, of the version that this is written for.
-
-    Raises:
-        BuildError: it is not there, or another one is.
-    """
-    try:
-        import tensorrt as trt
-    except ImportError as error:
-        raise BuildError(
-            f"a TensorRT engine needs the package tensorrt of version {MAJOR_VERSION} ({error}); NVIDIA's "
-            "containers have it, or install it with `pip install tensorrt`"
-        ) from None
-    if trt.__version__.split(".")[0] != MAJOR_VERSION:
-        raise BuildError(f"TensorRT {trt.__version__} is installed; this Quire needs version {MAJOR_VERSION}")
-    return trt
 
 
 def this_gpu() -> Gpu:

@@ -7,7 +7,6 @@ What a step may look like, in optimization profiles, and how large the pool may 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,9 @@ from torch import Tensor
 from quire.errors import BuildError
 from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES, engine_state_elements
 from quire.execution.manifest import EngineLimits, PlanDetails
+from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
 from quire_build.tensorrt.lowering import lower
-from quire_build.tensorrt.machine import tensorrt_module, this_gpu
+from quire_build.tensorrt.machine import this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 from quire_build.tensorrt.plugins import register_plugins
 
@@ -33,7 +33,6 @@ POOL_ELEMENT_BYTES = 8
 
 Progress = Callable[[str], None]
 Shape = tuple[int, ...]
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def build_plan(
     progress(f"lowering the graph for {gpu.name}")
     lower(model)
     register_plugins(gpu.architecture)
-    logger = _Logger(trt)
+    logger = TensorRTLog(trt)
     builder = trt.Builder(logger.tensorrt)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS))
     writer = NetworkWriter(
@@ -216,29 +215,6 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
-
-
-class _Logger:
-    """TensorRT's messages in Python's log; remembers the last error, which says why a build failed."""
-
-    def __init__(self, trt: Any) -> None:
-        self.last_error = "it does not say why"
-        severity = trt.ILogger.Severity
-        levels = {
-            severity.INTERNAL_ERROR: logging.ERROR,
-            severity.ERROR: logging.ERROR,
-            severity.WARNING: logging.WARNING,
-            severity.INFO: logging.INFO,
-        }
-
-        class Forward(trt.ILogger):  # type: ignore[misc]
-            def log(forward, kind: Any, message: str) -> None:  # noqa: N805
-                level = levels.get(kind, logging.DEBUG)
-                if level == logging.ERROR:
-                    self.last_error = message
-                _log.log(level, "TensorRT: %s", message)
-
-        self.tensorrt = Forward()
 
 
 def _progress_monitor(trt: Any, progress: Progress) -> Any:

@@ -1,10 +1,7 @@
 """model.plan, deserialised by the TensorRT that it was built with on the GPU that it was built for."""
 
-# mypy: disable-error-code="import-not-found"
-
 from __future__ import annotations
 
-import logging
 import mmap
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +9,9 @@ from typing import Any, Protocol
 from quire.errors import ManifestError, StartupError
 from quire.execution.manifest import Manifest, PlanDetails, read_manifest, verify_files
 from quire.execution.tensorrt.device import Device, DeviceError
+from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
 
 PLAN_FILE = "model.plan"
-
-_log = logging.getLogger(__name__)
 
 
 class PlanContext(Protocol):
@@ -66,11 +62,11 @@ class TensorRTPlan:
 
     def __init__(self, engine_dir: Path, device: Device) -> None:
         self.manifest = read_manifest(engine_dir)
-        trt = _tensorrt()
+        trt = tensorrt_module()
         self.details = check_fit(self.manifest, trt.__version__, device)
         verify_files(self.manifest, engine_dir)
         self._trt, self._device = trt, device
-        self._logger = _Logger(trt)
+        self._logger = TensorRTLog(trt)
         self._runtime = trt.Runtime(self._logger.tensorrt)
         self._engine = self._deserialize(engine_dir / PLAN_FILE)
         names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
@@ -115,7 +111,7 @@ class TensorRTPlan:
 class TensorRTContext:
     """`PlanContext` on TensorRT."""
 
-    def __init__(self, context: Any, device: Device, logger: _Logger) -> None:
+    def __init__(self, context: Any, device: Device, logger: TensorRTLog) -> None:
         self._context, self._device, self._logger = context, device, logger
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -166,41 +162,3 @@ def check_fit(manifest: Manifest, tensorrt_version: str, device: Device) -> Plan
 
 def _capability(architecture: int) -> str:
     return f"{architecture // 10}.{architecture % 10}"
-
-
-def _tensorrt() -> Any:
-    """The module `tensorrt`.
-
-    Raises:
-        StartupError: it is not there.
-    """
-    try:
-        import tensorrt
-    except ImportError as error:
-        raise StartupError(
-            f"running a TensorRT engine needs the package tensorrt ({error}); NVIDIA's containers have it, "
-            "or install it with `pip install tensorrt`"
-        ) from None
-    return tensorrt
-
-
-class _Logger:
-    """TensorRT's messages in Python's log; remembers the last error, which says why a call failed."""
-
-    def __init__(self, trt: Any) -> None:
-        self.last_error = "it does not say why"
-        severity = trt.ILogger.Severity
-        levels = {
-            severity.INTERNAL_ERROR: logging.ERROR,
-            severity.ERROR: logging.ERROR,
-            severity.WARNING: logging.WARNING,
-        }
-
-        class Forward(trt.ILogger):  # type: ignore[misc]
-            def log(forward, kind: Any, message: str) -> None:  # noqa: N805
-                level = levels.get(kind, logging.DEBUG)
-                if level == logging.ERROR:
-                    self.last_error = message
-                _log.log(level, "TensorRT: %s", message)
-
-        self.tensorrt = Forward()
