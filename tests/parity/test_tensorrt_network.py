@@ -75,7 +75,7 @@ class Network:
 
     def add_constant(self, shape: tuple[int, ...], weights: tuple[str, int, int]) -> Layer:
         dtype, address, count = weights
-        kind = {"float32": ctypes.c_float, "int32": ctypes.c_int32}[dtype]
+        kind: Any = {"float32": ctypes.c_float, "int32": ctypes.c_int32}[dtype]
         data = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(kind)), (count,))
         self.constant_bytes += data.nbytes
         return Layer(lambda _: [torch.from_numpy(data).view(shape)])
