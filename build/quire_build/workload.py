@@ -78,6 +78,8 @@ class Workload:
         self._max_logits_rows = max_logits_rows or max_num_batched_tokens
         self._logits_rows: NDArray[np.int32] = np.zeros(0, np.int32)
         self._step = 0
+        self.is_text = continuations is not None
+        """Whether what comes next is given, and not what the logits say."""
         self.scheduled: list[tuple[WorkloadSequence, int]] = []
         """The sequences of the current step, each with its number of tokens, in the order of the rows."""
         blocks_needed = [-(-(len(prompt) + num_new_tokens) // block_size) for prompt in prompts]

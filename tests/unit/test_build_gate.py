@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -14,7 +15,15 @@ from quire.errors import BuildError, NumericsGateError
 from quire.execution.executor import PoolInfo, StepOutput
 from quire.execution.manifest import EngineLimits, GateReport, Precision
 from quire.execution.model_inputs import ModelInputs
-from quire_build.gate import compare, enforce, gate_workload, read_tokens, text_workload
+from quire_build.gate import (
+    THRESHOLDS,
+    compare,
+    enforce,
+    exceeded,
+    gate_workload,
+    read_tokens,
+    text_workload,
+)
 
 VOCAB_SIZE, BLOCK_SIZE = 50, 32
 LIMITS = EngineLimits(max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256)
@@ -124,6 +133,19 @@ def test_the_measures_are_what_they_are_called(tmp_path: Path) -> None:
     assert report.mean_kl_divergence == pytest.approx(np.concatenate(divergences).mean(), rel=1e-3)
     assert report.perplexity_ratio == pytest.approx(np.exp(np.log(of_p / of_q).mean()), rel=1e-3)
     assert report.top1_agreement == 1.0
+    assert report.on_text and "mean_abs_probability_error" in report.exceeded
+    with pytest.raises(NumericsGateError, match=r"mean_abs_probability_error 0\.\d+ \(threshold 0\.001\)"):
+        enforce(report, "bf16")
+
+
+def test_on_random_tokens_the_next_one_is_not_held_to_anything_but_to_be_a_number() -> None:
+    sharper = FakeExecutor(lambda logits, inputs: logits * np.float32(1.02))
+    report = compare(FakeExecutor(), sharper, gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS), "bf16")
+    assert report.mean_abs_probability_error > 0 and not report.on_text
+    with_text = msgspec.structs.replace(report, mean_abs_probability_error=0.5, perplexity_ratio=2.0)
+    assert exceeded(with_text, THRESHOLDS["bf16"]) == ()
+    no_number = msgspec.structs.replace(report, mean_abs_probability_error=float("nan"))
+    assert exceeded(no_number, THRESHOLDS["bf16"]) == ("mean_abs_probability_error",)
 
 
 def test_a_text_is_gone_through_piece_by_piece(tmp_path: Path) -> None:

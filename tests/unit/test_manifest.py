@@ -36,7 +36,7 @@ def manifest(tmp_path: Path) -> Manifest:
         kv_bytes_per_block=4096,
         checkpoint_digest="ab",
         files={"model.onnx": file_digest(tmp_path / "model.onnx")},
-        gate=GateReport(10, 6, 1e-5, 1e-6, 1e-7, 1e-9, 0.9, 1.0, ("top1_agreement",)),
+        gate=GateReport(10, True, 6, 1e-5, 1e-6, 1e-7, 1e-9, 0.9, 1.0, ("top1_agreement",)),
     )
     write_manifest(manifest, tmp_path)
     return manifest

@@ -69,8 +69,10 @@ class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     positions: int = 0
     """Rows of logits that were compared; 0 before the gate has run."""
+    on_text: bool = False
+    """Whether the tokens were a text's. On random ones what depends on the next token has no threshold."""
     scored_tokens: int = 0
-    """Of them, those with a next token whose probability counts."""
+    """Positions with a next token whose probability counts."""
     max_abs_logit_error: float = 0.0
     max_abs_probability_error: float = 0.0
     """Over all positions and tokens."""
