@@ -77,6 +77,9 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frontends: int
     engine: EnginePlacement
     gpu_memory_utilization: int
+    gate_text_digest: str
+    """Empty where the gate runs on random tokens."""
+    accept_numerics: bool
 
 
 def build(
@@ -129,6 +132,8 @@ def build(
         raise BuildError(f"frontends is {frontends}; it must be at least 1")
     if not 1 <= gpu_memory_utilization <= 99:
         raise BuildError(f"gpu_memory_utilization is {gpu_memory_utilization}%; it must be 1 to 99")
+    if gate_text is not None and not gate_text.is_file():
+        raise BuildError(f"gate_text is {gate_text}, which is not a file")
     if runtime not in BUILDERS:
         raise BuildError(f"runtime is {runtime!r}; it must be one of {', '.join(BUILDERS)}")
     builder = BUILDERS[runtime]
@@ -152,6 +157,8 @@ def build(
         frontends=frontends,
         engine=engine,
         gpu_memory_utilization=gpu_memory_utilization,
+        gate_text_digest=file_digest(gate_text) if gate_text else "",
+        accept_numerics=accept_numerics,
     )
     if not force and (manifest := _published(output, record, source)) is not None:
         progress(f"{output} is up to date")

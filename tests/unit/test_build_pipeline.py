@@ -127,6 +127,25 @@ def test_an_unchanged_build_is_left_alone_without_starting_torch(
     assert _contents(result.repository) == before
 
 
+@pytest.mark.parametrize("changes", [{"gate_text": "a text"}, {"accept_numerics": True}, {"frontends": 3}])
+def test_a_build_for_something_else_is_not_the_same(
+    built: tuple[Path, BuildResult], tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by its getting as far as building."""
+    checkpoint, result = built
+    if "gate_text" in changes:
+        changes = {"gate_text": tmp_path / "text"}
+        changes["gate_text"].write_text("a text")
+
+    def begin(*arguments: Any) -> None:
+        raise BuildError("begun")
+
+    monkeypatch.setattr("quire_build.pipeline._build_engine", begin)
+    assert build(checkpoint, result.repository).was_up_to_date
+    with pytest.raises(BuildError, match="begun"):
+        build(checkpoint, result.repository, **changes)
+
+
 def _flip_first_byte(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(bytes([content[0] ^ 0xFF]) + content[1:])
@@ -302,6 +321,9 @@ def test_an_unsound_checkpoint_is_refused_by_name_and_nothing_is_left(
         ("max_num_batched_tokens", 255),
         ("frontends", 0),
         ("precision", "fp8"),
+        ("runtime", "onnx"),
+        ("gpu_memory_utilization", 100),
+        ("gate_text", Path("/no/such/text")),
     ],
 )
 def test_a_limit_that_cannot_be_is_refused_by_name(checkpoint: Path, limit: str, value: object) -> None:
