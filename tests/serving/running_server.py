@@ -28,6 +28,12 @@ SMALL_POOL = "--kv-cache-bytes=64MiB"
 SHM_PREFIX = "triton_python_backend_shm_region_"
 
 
+def hear_signals() -> None:
+    """Undo, in a new process, that whoever started the tests has these ignored: nohup, or a shell's `&`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @dataclass(frozen=True, slots=True)
 class Ports:
     """Three ports that nobody listens on."""
@@ -80,6 +86,7 @@ class RunningServer:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=hear_signals,
         )
         server = cls(process, ports)
         threading.Thread(target=server._read, daemon=True).start()
