@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from quire.execution.manifest import Manifest
+from quire.execution.tensorrt.library import MAJOR_VERSION as TENSORRT_MAJOR
 
 Version = tuple[int, int]
 
-TENSORRT_MAJOR = 11
+DRIVER_LIBRARY = "libcuda.so.1"
 CUDA_OF_TENSORRT: Version = (13, 0)
 DRIVER_OF_CUDA_13 = 580
 """First branch of the driver that runs CUDA 13."""
@@ -77,7 +78,7 @@ def look(load: Callable[[str], Any] = ctypes.CDLL) -> GpuMachine:
         torch_cuda=_cuda_of_torch(),
     )
     try:
-        cuda = load("libcuda.so.1")
+        cuda = load(DRIVER_LIBRARY)
     except OSError:
         return machine
     return _with_driver(replace(machine, driver=_driver_version(load)), cuda)

@@ -17,7 +17,8 @@ DataType = Literal["BOOL", "UINT8", "INT32", "INT64", "UINT64", "FP32", "STRING"
 
 BACKEND = "quire"
 LLM, SCHEDULER, ENGINE = "llm", "scheduler", "engine"
-"""Names of the models. Clients call `llm`; the others answer only Quire's own processes."""
+"""Names of the models. Clients call `llm`; the others answer only Quire's own processes, except that a plan
+which Triton's own backend hosts asks nobody for a key."""
 
 ACCESS_KEY_BYTES = 32
 
@@ -26,7 +27,7 @@ class EnginePlacement(StrEnum):
     """Where the engine runs; the parameter `engine` in every config.pbtxt of a repository."""
 
     HOSTED = "hosted"
-    """As a Triton model, in a process of its own."""
+    """As a Triton model: in a process of its own, or a plan in the server's."""
     IN_PROCESS = "in-process"
     """In the scheduler's process; the repository has no model `engine` then."""
 
@@ -129,6 +130,7 @@ PLAN_OUTPUTS = (
     TensorSpec("step_done", "INT32"),
 )
 """What a plan gives: one row of logits and one token for each entry of `logits_indices`."""
+PLAN_FILE = "model.plan"
 POOL_INPUT_PREFIX = "kv_cache."
 """A plan's pool is its inputs `kv_cache.0` and so on, each INT64 [-1]."""
 

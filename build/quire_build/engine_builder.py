@@ -10,18 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from quire.execution.executor import Executor
-from quire.execution.manifest import EngineLimits, Manifest, PlanDetails, Precision, Runtime
+from quire.execution.manifest import (
+    MANIFEST_VERSION,
+    EngineLimits,
+    GateReport,
+    Manifest,
+    ModelDimensions,
+    PlanDetails,
+    Precision,
+    Runtime,
+    file_digest,
+)
 from quire.interface import EnginePlacement
 from quire_build.checkpoint import Checkpoint
+from quire_build.decoder_config import DecoderConfig
 from quire_build.workload import Workload
 
 Progress = Callable[[str], None]
-INSTALL_HINT = "install it with `pip install 'quire[build,cpu]'`"
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
+class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an engine is built for.
 
     Attributes:
@@ -97,3 +108,41 @@ class EngineBuilder(Protocol):
 
     def executor(self, directory: Path, manifest: Manifest, workload: Workload) -> Executor:
         """Load the engine in `directory` as a server would, but with a pool for `workload`, for logits."""
+
+
+def engine_manifest(
+    config: DecoderConfig,
+    builder: EngineBuilder,
+    options: EngineOptions,
+    built: BuiltEngine,
+    directory: Path,
+    checkpoint_digest: str,
+) -> Manifest:
+    """The manifest of the engine in `directory`, whose gate report says that nothing was measured yet."""
+    windows = [window for window in config.sliding_windows if window is not None]
+    kv_bytes_per_token = config.kv_elements_per_token * builder.kv_element_bytes[options.precision]
+    return Manifest(
+        version=MANIFEST_VERSION,
+        model=ModelDimensions(
+            architecture=config.architecture,
+            vocab_size=config.vocab_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            # What loading the engine checks attention with; layers without a window are checked without.
+            sliding_window=max(windows) if len(windows) == config.num_layers else None,
+        ),
+        block_size=builder.block_size,
+        limits=options.limits,
+        precision=options.precision,
+        runtime=builder.runtime,
+        runtime_version=builder.version(),
+        inputs=built.inputs,
+        outputs=built.outputs,
+        kv_bytes_per_block=kv_bytes_per_token * builder.block_size,
+        checkpoint_digest=checkpoint_digest,
+        files={name: file_digest(directory / name) for name in built.files},
+        gate=GateReport(),
+        plan=built.plan,
+    )

@@ -13,7 +13,7 @@ from quire.execution.executor import Executor
 from quire.execution.manifest import Manifest, Precision, Runtime
 from quire.interface import STEP_INPUTS, EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
-from quire_build.engine_builder import INSTALL_HINT, BuiltEngine, EngineOptions, Progress
+from quire_build.engine_builder import BuiltEngine, EngineOptions, Progress
 from quire_build.workload import Workload
 
 
@@ -32,7 +32,9 @@ class OpenVINOBuilder:
         try:
             return importlib.metadata.version("openvino")
         except importlib.metadata.PackageNotFoundError:
-            raise BuildError(f"building needs the package openvino; {INSTALL_HINT}") from None
+            raise BuildError(
+                "building needs the package openvino; install it with `pip install 'quire[build,cpu]'`"
+            ) from None
 
     def target(self) -> str:
         """Nothing: the engine is compiled where it is loaded."""

@@ -17,11 +17,9 @@ import msgspec
 import quire
 from quire.errors import BuildError, ManifestError
 from quire.execution.manifest import (
-    MANIFEST_VERSION,
     EngineLimits,
     GateReport,
     Manifest,
-    ModelDimensions,
     Precision,
     Runtime,
     file_digest,
@@ -32,7 +30,7 @@ from quire.execution.manifest import (
 from quire.interface import EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder_config import DecoderConfig
-from quire_build.engine_builder import BuiltEngine, EngineBuilder, EngineOptions, Progress
+from quire_build.engine_builder import EngineBuilder, EngineOptions, Progress, engine_manifest
 from quire_build.gate import compare, describe, enforce, gate_workload, text_workload
 from quire_build.openvino_engine import OpenVINOBuilder
 from quire_build.repository import (
@@ -72,11 +70,8 @@ class BuildRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: str
     """The GPU that a plan is for."""
     checkpoint_digest: str
-    precision: Precision
-    limits: EngineLimits
+    options: EngineOptions
     frontends: int
-    engine: EnginePlacement
-    gpu_memory_utilization: int
     gate_text_digest: str
     """Empty where the gate runs on random tokens."""
     accept_numerics: bool
@@ -144,7 +139,6 @@ def build(
             f"precision is {precision!r}; for runtime {runtime} it must be one of {', '.join(precisions)}"
         )
     engine = engine or builder.default_placement
-    options = EngineOptions(precision, limits, engine, gpu_memory_utilization)
     record = BuildRecord(
         quire_version=quire.__version__,
         builder_digest=_builder_digest(),
@@ -152,11 +146,8 @@ def build(
         runtime_version=builder.version(),
         target=builder.target(),
         checkpoint_digest=source.digest,
-        precision=precision,
-        limits=limits,
+        options=EngineOptions(precision, limits, engine, gpu_memory_utilization),
         frontends=frontends,
-        engine=engine,
-        gpu_memory_utilization=gpu_memory_utilization,
         gate_text_digest=file_digest(gate_text) if gate_text else "",
         accept_numerics=accept_numerics,
     )
@@ -167,7 +158,7 @@ def build(
     with staged(output) as repository:
         directory = engine_dir(repository, engine)
         directory.mkdir(parents=True)
-        manifest = _build_engine(source, record, options, directory, gate_text, accept_numerics, progress)
+        manifest = _build_engine(source, record, directory, gate_text, progress)
         write_configs(repository, frontends, engine, manifest if manifest.plan else None)
         write_model_files(repository, source.directory, source.serving_files)
         (directory / RECORD_FILE).write_bytes(msgspec.json.encode(record))
@@ -176,13 +167,7 @@ def build(
 
 
 def _build_engine(
-    source: Checkpoint,
-    record: BuildRecord,
-    options: EngineOptions,
-    directory: Path,
-    gate_text: Path | None,
-    accept_numerics: bool,
-    progress: Progress,
+    source: Checkpoint, record: BuildRecord, directory: Path, gate_text: Path | None, progress: Progress
 ) -> Manifest:
     """Build and check the engine; afterwards `directory` holds it with its manifest."""
     builder = BUILDERS[record.runtime]
@@ -193,14 +178,14 @@ def _build_engine(
         raise BuildError(
             f"building needs the package {error.name}; install it with `pip install 'quire[build]'`"
         ) from error
-    built = builder.build(source, options, directory, progress)
-    manifest = _manifest(source.config, record, built, directory)
+    built = builder.build(source, record.options, directory, progress)
+    manifest = engine_manifest(source.config, builder, record.options, built, directory, source.digest)
     write_manifest(manifest, directory)
 
     progress("comparing the engine with the torch module")
     report = _measure(source, manifest, directory, builder, gate_text)
     progress(describe(report))
-    enforce(report, record.precision, force=accept_numerics)
+    enforce(report, manifest.precision, force=record.accept_numerics)
     manifest = msgspec.structs.replace(manifest, gate=report)
     write_manifest(manifest, directory)
     return manifest
@@ -239,41 +224,9 @@ def _measure(
         reference.close()
 
 
-def _manifest(config: DecoderConfig, record: BuildRecord, built: BuiltEngine, directory: Path) -> Manifest:
-    """The engine's manifest with a gate report that says that nothing was measured yet."""
-    windows = [window for window in config.sliding_windows if window is not None]
-    builder = BUILDERS[record.runtime]
-    kv_bytes_per_token = config.kv_elements_per_token * builder.kv_element_bytes[record.precision]
-    return Manifest(
-        version=MANIFEST_VERSION,
-        model=ModelDimensions(
-            architecture=config.architecture,
-            vocab_size=config.vocab_size,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            # What loading the engine checks attention with; layers without a window are checked without.
-            sliding_window=max(windows) if len(windows) == config.num_layers else None,
-        ),
-        block_size=builder.block_size,
-        limits=record.limits,
-        precision=record.precision,
-        runtime=record.runtime,
-        runtime_version=record.runtime_version,
-        inputs=built.inputs,
-        outputs=built.outputs,
-        kv_bytes_per_block=kv_bytes_per_token * builder.block_size,
-        checkpoint_digest=record.checkpoint_digest,
-        files={name: file_digest(directory / name) for name in built.files},
-        gate=GateReport(),
-        plan=built.plan,
-    )
-
-
 def _published(output: Path, record: BuildRecord, source: Checkpoint) -> Manifest | None:
     """The manifest of the repository at `output` if it is whole and what `record` describes."""
-    directory = engine_dir(output, record.engine)
+    directory = engine_dir(output, record.options.placement)
     try:
         if msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=BuildRecord) != record:
             return None
@@ -281,7 +234,7 @@ def _published(output: Path, record: BuildRecord, source: Checkpoint) -> Manifes
         verify_files(manifest, directory)
     except (OSError, msgspec.DecodeError, ManifestError):
         return None
-    whole = has_model_files(output, source.directory, source.serving_files, record.engine)
+    whole = has_model_files(output, source.directory, source.serving_files, record.options.placement)
     return manifest if whole else None
 
 

@@ -20,14 +20,13 @@ from tritonclient.grpc import model_config_pb2
 from quire import interface
 from quire.errors import BuildError
 from quire.execution.manifest import Manifest
-from quire.interface import EnginePlacement, TensorSpec
+from quire.interface import PLAN_FILE, EnginePlacement, TensorSpec
 from quire.settings import ServingSettings
 
 VERSION = "1"
 SCHEDULER_FILE = "README.txt"
 DEFAULT_FRONTENDS = 2
 PLAN_PLATFORM = "tensorrt_plan"
-PLAN_FILE = "model.plan"
 
 
 def engine_dir(repository: Path, engine: EnginePlacement) -> Path:

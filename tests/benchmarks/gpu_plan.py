@@ -15,26 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.execution.manifest import (
-    MANIFEST_VERSION,
-    EngineLimits,
-    GateReport,
-    Manifest,
-    ModelDimensions,
-    Precision,
-    file_digest,
-    write_manifest,
-)
+from quire.execution.manifest import EngineLimits, Precision, write_manifest
 from quire.execution.tensorrt.cuda import CudaDevice
 from quire.execution.tensorrt.engine import TensorRTEngine
 from quire.execution.tensorrt.executor import TensorRTExecutor
 from quire.execution.tensorrt.plan import TensorRTPlan
+from quire.interface import PLAN_FILE, EnginePlacement
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
+from quire_build.engine_builder import EngineOptions, engine_manifest
 from quire_build.export import export_graph
 from quire_build.quantization import WEIGHT_GROUP
 from quire_build.rope import cosine_and_sine
-from quire_build.tensorrt.builder import OUTPUTS, PLAN_FILE, STEP_INPUTS, TensorRTBuilder
+from quire_build.tensorrt.builder import TensorRTBuilder, built_plan
 from quire_build.tensorrt.plan import PlanOptions, build_plan
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
@@ -169,29 +162,13 @@ def build_random_plan(
     note("build_s")
     (directory / PLAN_FILE).write_bytes(plan.data)
     note("write_s")
-    pools = tuple(f"kv_cache.{i}" for i in range(plan.details.num_pools))
-    manifest = Manifest(
-        version=MANIFEST_VERSION,
-        model=ModelDimensions(
-            architecture=config.architecture,
-            vocab_size=config.vocab_size,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-        ),
-        block_size=BLOCK_SIZE,
-        limits=limits,
-        precision=precision,
-        runtime="tensorrt",
-        runtime_version=plan.tensorrt_version,
-        inputs=(*STEP_INPUTS, *pools),
-        outputs=OUTPUTS,
-        kv_bytes_per_block=kv_bytes_per_block,
+    manifest = engine_manifest(
+        config,
+        TensorRTBuilder(),
+        EngineOptions(precision, limits, EnginePlacement.IN_PROCESS, gpu_memory_utilization=90),
+        built_plan(plan.details),
+        directory,
         checkpoint_digest="random weights",
-        files={PLAN_FILE: file_digest(directory / PLAN_FILE)},
-        gate=GateReport(),
-        plan=plan.details,
     )
     write_manifest(manifest, directory)
     note("digest_s")

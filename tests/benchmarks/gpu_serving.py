@@ -32,9 +32,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from quire.execution.manifest import read_manifest
-from quire.interface import ENGINE, EnginePlacement
+from quire.interface import ENGINE, PLAN_FILE, EnginePlacement
 from quire_build.repository import DEFAULT_FRONTENDS, engine_dir, write_configs, write_model_files
-from quire_build.tensorrt.builder import PLAN_FILE
 from quire_build.tensorrt.hosted_memory import host_reserve_bytes
 from quire_build.tensorrt.machine import this_gpu
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quire.execution.model_inputs import ModelInputs
-from quire.execution.padding import decode_size, pad_to
+from quire.execution.padding import blank_step, decode_size, pad_into
 
 
 def decode_step(num_seqs: int, num_rows: int, *, width: int = 3) -> ModelInputs:
@@ -23,6 +23,12 @@ def decode_step(num_seqs: int, num_rows: int, *, width: int = 3) -> ModelInputs:
     )
 
 
+def pad_to(step: ModelInputs, num_seqs: int) -> ModelInputs:
+    padded = blank_step(num_seqs, step.block_tables.shape[1])
+    pad_into(step, padded)
+    return padded
+
+
 @pytest.mark.parametrize(("num_seqs", "size"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, None)])
 def test_a_decode_step_takes_the_smallest_size_that_holds_it(num_seqs: int, size: int | None) -> None:
     assert decode_size((1, 2, 4, 8), decode_step(num_seqs, num_seqs)) == size
@@ -38,7 +44,6 @@ def test_a_step_with_a_sequence_of_more_than_one_token_has_no_size() -> None:
 def test_padding_is_sequences_of_one_token_in_the_null_block(num_rows: int) -> None:
     step = decode_step(3, num_rows)
     padded = pad_to(step, 5)
-    assert padded.step == 7
     for name in ("input_ids", "positions", "slot_mapping"):
         assert getattr(padded, name).tolist() == [*getattr(step, name).tolist(), 0, 0]
     assert padded.block_tables.tolist() == [*step.block_tables.tolist(), [0] * 3, [0] * 3]
@@ -49,10 +54,11 @@ def test_padding_is_sequences_of_one_token_in_the_null_block(num_rows: int) -> N
     assert padded.sampling.tolist() == [[0.5] * 5] * num_rows + [[0.0] * 5] * (5 - num_rows)
 
 
-def test_a_step_without_sampling_parameters_has_none_when_padded() -> None:
+def test_a_step_without_sampling_parameters_is_greedy_when_padded() -> None:
     step = decode_step(2, 2)
     step.sampling = None
-    assert pad_to(step, 4).sampling is None
+    padded = pad_to(step, 4)
+    assert padded.sampling is not None and not padded.sampling.any()
 
 
 def test_a_padded_step_shares_no_memory_with_the_step() -> None:

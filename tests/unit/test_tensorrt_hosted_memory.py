@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from quire.errors import BuildError
@@ -94,5 +94,5 @@ def test_the_pool_gets_what_weights_and_reserve_leave(monkeypatch: pytest.Monkey
     assert build._hosted_pool_bytes(options, LLAMA_8B, 16 << 30) == left - (16 << 30)
     with pytest.raises(BuildError, match="nothing is left for the KV pool"):
         build._hosted_pool_bytes(options, LLAMA_8B, left)
-    in_process = replace(options, placement=EnginePlacement.IN_PROCESS)
+    in_process = msgspec.structs.replace(options, placement=EnginePlacement.IN_PROCESS)
     assert build._hosted_pool_bytes(in_process, LLAMA_8B, left) == 0

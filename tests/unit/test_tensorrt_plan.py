@@ -15,7 +15,8 @@ from quire.errors import ManifestError, StartupError
 from quire.execution.manifest import file_digest, read_manifest, write_manifest
 from quire.execution.tensorrt import load_plan
 from quire.execution.tensorrt.device import DeviceError, DeviceProperties
-from quire.execution.tensorrt.plan import PLAN_FILE, TensorRTPlan, check_fit
+from quire.execution.tensorrt.plan import TensorRTPlan, check_fit
+from quire.interface import PLAN_FILE
 from quire.serving.engine.loading import load_executor
 from quire.settings import ServingSettings
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.execution.model_inputs import ModelInputs
+from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS, ModelInputs
 
 
 def decode_size(sizes: Sequence[int], inputs: ModelInputs) -> int | None:
@@ -27,21 +27,22 @@ def decode_size(sizes: Sequence[int], inputs: ModelInputs) -> int | None:
     return sizes[index] if index < len(sizes) else None
 
 
-def pad_to(inputs: ModelInputs, num_seqs: int) -> ModelInputs:
-    """A copy of a step of one token each, padded to `num_seqs` tokens, sequences and rows of logits."""
-    padded = ModelInputs(
-        step=inputs.step,
+def blank_step(num_seqs: int, table_width: int) -> ModelInputs:
+    """Room for a step of `num_seqs` sequences of one token, with `table_width` blocks each, for `pad_into`.
+
+    Block tables and sampling parameters that are not filled in are zero: the null block, and greedy.
+    """
+    return ModelInputs(
+        step=0,
         input_ids=np.empty(num_seqs, np.int32),
         positions=np.empty(num_seqs, np.int32),
         slot_mapping=np.empty(num_seqs, np.int32),
-        block_tables=np.empty((num_seqs, inputs.block_tables.shape[1]), np.int32),
+        block_tables=np.zeros((num_seqs, table_width), np.int32),
         query_start_loc=np.empty(num_seqs + 1, np.int32),
         seq_lens=np.empty(num_seqs, np.int32),
         logits_indices=np.empty(num_seqs, np.int32),
-        sampling=None if inputs.sampling is None else np.empty((num_seqs, 5), np.float32),
+        sampling=np.zeros((num_seqs, NUM_SAMPLING_COLUMNS), np.float32),
     )
-    pad_into(inputs, padded)
-    return padded
 
 
 def pad_into(inputs: ModelInputs, padded: ModelInputs) -> None:

@@ -9,10 +9,10 @@ import ctypes
 import importlib.util
 
 from quire.errors import StartupError
+from quire.gpu_chain import DRIVER_LIBRARY
 from quire.interface import EnginePlacement
 from quire.launcher.installation import TritonInstallation
 
-DRIVER_LIBRARY = "libcuda.so.1"
 BACKEND_LIBRARY = "libtriton_tensorrt.so"
 PACKAGES = {"tensorrt": "tensorrt", "cuda.bindings": "cuda-bindings"}
 """What an engine in the scheduler's process imports, and what installs it."""

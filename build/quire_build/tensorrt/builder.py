@@ -12,9 +12,9 @@ import msgspec
 
 from quire.errors import BuildError
 from quire.execution.executor import Executor
-from quire.execution.manifest import Manifest, Precision, Runtime
+from quire.execution.manifest import Manifest, PlanDetails, Precision, Runtime
 from quire.execution.tensorrt.library import tensorrt_module
-from quire.interface import EnginePlacement
+from quire.interface import PLAN_FILE, PLAN_INPUTS, PLAN_OUTPUTS, POOL_INPUT_PREFIX, EnginePlacement
 from quire_build.checkpoint import Checkpoint, checkpoint_weights
 from quire_build.engine_builder import BuiltEngine, EngineOptions, Progress
 from quire_build.tensorrt.machine import this_gpu
@@ -25,21 +25,7 @@ if TYPE_CHECKING:
 
     from quire_build.decoder_config import DecoderConfig
 
-PLAN_FILE = "model.plan"
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
-OUTPUTS = ("logits", "sampled_ids", "pool_info", "step_done")
-STEP_INPUTS = (
-    "input_ids",
-    "positions",
-    "slot_mapping",
-    "block_tables",
-    "query_start_loc",
-    "seq_lens",
-    "logits_indices",
-    "sampling",
-    "step",
-    "engine_state",
-)
 
 
 class TensorRTBuilder:
@@ -88,8 +74,7 @@ class TensorRTBuilder:
         weight = checkpoint_weights(source, limits.max_model_len)
         plan = build_plan(graph, weight, plan_options, progress)
         (directory / PLAN_FILE).write_bytes(plan.data)
-        pools = tuple(f"kv_cache.{i}" for i in range(plan.details.num_pools))
-        return BuiltEngine((PLAN_FILE,), (*STEP_INPUTS, *pools), OUTPUTS, plan.details)
+        return built_plan(plan.details)
 
     def executor(self, directory: Path, manifest: Manifest, workload: Workload) -> Executor:
         """The plan with a pool that is made for the workload."""
@@ -122,6 +107,17 @@ class TensorRTBuilder:
                 "for the KV pool; a smaller --max-num-batched-tokens needs less"
             )
         return pool_bytes
+
+
+def built_plan(details: PlanDetails) -> BuiltEngine:
+    """What an engine's directory holds once its plan has been written."""
+    pools = (f"{POOL_INPUT_PREFIX}{i}" for i in range(details.num_pools))
+    return BuiltEngine(
+        files=(PLAN_FILE,),
+        inputs=(*(tensor.name for tensor in PLAN_INPUTS), *pools),
+        outputs=tuple(tensor.name for tensor in PLAN_OUTPUTS),
+        plan=details,
+    )
 
 
 def weight_bytes(model: onnx.ModelProto, element_bytes: int, weight_group: int) -> int:

@@ -20,6 +20,7 @@ from quire.errors import BuildError
 from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES, engine_state_elements
 from quire.execution.manifest import EngineLimits, PlanDetails
 from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
+from quire_build.engine_builder import Progress
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.machine import this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
@@ -31,7 +32,6 @@ LARGEST_TENSOR = 2**31 - 1
 """Elements of a tensor, at most."""
 POOL_ELEMENT_BYTES = 8
 
-Progress = Callable[[str], None]
 Shape = tuple[int, ...]
 
 

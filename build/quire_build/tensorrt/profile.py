@@ -21,9 +21,9 @@ from quire.errors import BuildError, CheckpointError
 from quire.execution.engine_state import POOL_HEADER_BYTES, engine_state_elements
 from quire.execution.manifest import Manifest, PlanDetails, Precision, read_manifest
 from quire.execution.tensorrt.library import tensorrt_module
-from quire.interface import LLM, EnginePlacement
+from quire.interface import LLM, PLAN_FILE, EnginePlacement
 from quire_build.decoder_config import DecoderConfig
-from quire_build.repository import PLAN_FILE, VERSION, engine_dir
+from quire_build.repository import VERSION, engine_dir
 from quire_build.tensorrt.machine import this_gpu
 
 KINDS: Mapping[str, str] = {

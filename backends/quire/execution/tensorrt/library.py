@@ -9,7 +9,7 @@ from typing import Any
 
 from quire.errors import StartupError
 
-MAJOR_VERSION = "11"
+MAJOR_VERSION = 11
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def tensorrt_module() -> Any:
             f"a TensorRT engine needs the package tensorrt of version {MAJOR_VERSION} ({error}); NVIDIA's "
             "containers have it, or install it with `pip install tensorrt`"
         ) from None
-    if tensorrt.__version__.split(".")[0] != MAJOR_VERSION:
+    if tensorrt.__version__.split(".")[0] != str(MAJOR_VERSION):
         raise StartupError(
             f"TensorRT {tensorrt.__version__} is installed; this Quire needs version {MAJOR_VERSION}"
         )

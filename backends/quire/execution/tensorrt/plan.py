@@ -10,8 +10,7 @@ from quire.errors import ManifestError, StartupError
 from quire.execution.manifest import Manifest, PlanDetails, read_manifest, verify_files
 from quire.execution.tensorrt.device import Device, DeviceError
 from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
-
-PLAN_FILE = "model.plan"
+from quire.interface import PLAN_FILE
 
 
 class PlanContext(Protocol):

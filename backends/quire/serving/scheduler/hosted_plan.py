@@ -24,7 +24,7 @@ from quire.errors import EngineStepError, PeerLostError, QuireError
 from quire.execution.executor import PoolInfo, StepOutput
 from quire.execution.manifest import Manifest
 from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS, ModelInputs
-from quire.execution.padding import decode_size, pad_into
+from quire.execution.padding import blank_step, decode_size, pad_into
 from quire.interface import POOL_INPUT_PREFIX, STEP_INPUTS
 from quire.serving.scheduler.engine_call import (
     PROBE_INTERVAL_S,
@@ -168,7 +168,7 @@ class HostedPlanExecutor:
             if len(inputs.logits_indices):
                 return inputs
             return replace(inputs, logits_indices=np.zeros(1, np.int32), sampling=_greedy(1))
-        sized = _blank_step(size, self._table_width)
+        sized = blank_step(size, self._table_width)
         width = inputs.block_tables.shape[1]
         pad_into(inputs, replace(sized, block_tables=sized.block_tables[:, :width]))
         return sized
@@ -209,18 +209,3 @@ def _run(call: _Call) -> StepOutput:
 def _greedy(num_rows: int) -> NDArray[np.float32]:
     """[num_rows, 5] how to sample from rows of logits that nobody samples from."""
     return np.zeros((num_rows, NUM_SAMPLING_COLUMNS), np.float32)
-
-
-def _blank_step(size: int, table_width: int) -> ModelInputs:
-    """Room for a step of `size` sequences of one token; where nothing is filled in, all is zero."""
-    return ModelInputs(
-        step=0,
-        input_ids=np.empty(size, np.int32),
-        positions=np.empty(size, np.int32),
-        slot_mapping=np.empty(size, np.int32),
-        block_tables=np.zeros((size, table_width), np.int32),
-        query_start_loc=np.empty(size + 1, np.int32),
-        seq_lens=np.empty(size, np.int32),
-        logits_indices=np.empty(size, np.int32),
-        sampling=_greedy(size),
-    )
