@@ -50,6 +50,8 @@ _ERROR_OF_CODE: dict[str, type[QuireClientError]] = {
     "INTERNAL": ServerFailureError,
 }
 _CODED_MESSAGE = re.compile(rf"({'|'.join(_ERROR_OF_CODE)}): (.*)", re.DOTALL)
+_STOPPING = re.compile(r".*(?:Server is stopping|has no available versions)")
+"""What Triton says to requests that come while it unloads its models."""
 _REFUSED_BY_TRITON = re.compile(r"\[request id: [^\]]*\] |Request for unknown model")
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[QuireClientError]] = {
@@ -154,6 +156,8 @@ def error_of_message(message: str) -> QuireClientError:
     """
     if coded := _CODED_MESSAGE.fullmatch(message):
         return _ERROR_OF_CODE[coded[1]](coded[2])
+    if _STOPPING.match(message):
+        return UnavailableError(message)
     if _REFUSED_BY_TRITON.match(message):
         return InvalidRequestError(message)
     return ServerFailureError(message)

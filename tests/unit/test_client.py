@@ -174,6 +174,9 @@ def test_an_option_that_cannot_be_sent_is_refused_by_name(client: Client, option
         ("CANCELLED: the client went away", RequestCancelledError, "the client went away"),
         ("INTERNAL: the step failed", ServerFailureError, "the step failed"),
         ("[request id: x] data-type is 'FP32'", InvalidRequestError, r"data-type is 'FP32'"),
+        ("[request id: x] Server is stopping, scheduler for", UnavailableError, "Server is stopping"),
+        ("Request for unknown model: 'llm' has no available versions", UnavailableError, "no available"),
+        ("Request for unknown model: 'x' is not found", InvalidRequestError, "unknown model"),
         ("something else", ServerFailureError, "something else"),
     ],
 )
