@@ -29,6 +29,15 @@ def repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def in_process_repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the engine in the scheduler's process."""
+    output = tmp_path_factory.mktemp("in_process") / "model_repository"
+    command: list[str | Path] = [QUIRE, "build", checkpoint, "--output", output, "--engine", "in-process"]
+    subprocess.run(command, check=True)
+    return output
+
+
+@pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[RunningServer]:
     """A server with the repository's own limits and a pool that 256 streams do not fill."""
     with serving(repository, "--kv-cache-bytes=512MiB") as server:

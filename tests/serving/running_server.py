@@ -163,6 +163,25 @@ def started(repository: Path, *flags: str) -> Iterator[RunningServer]:
 
 
 @contextlib.contextmanager
+def bare_server(repository: Path, *flags: str) -> Iterator[RunningServer]:
+    """A tritonserver started without the launcher, ready when the block begins and gone when it has ended."""
+    ports = Ports.free()
+    line = printed_command(repository, *ports.flags, *flags)
+    server = RunningServer.start(["sh", "-c", f"exec {line}"], ports)
+    try:
+        server.wait_for_line("Started HTTPService")
+        yield server
+    finally:
+        end(server)
+
+
+def printed_command(repository: Path, *flags: str) -> str:
+    """The tritonserver command as `quire serve` prints it for a shell."""
+    command: list[str | Path] = [QUIRE, "serve", repository, "--print-command", *flags]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@contextlib.contextmanager
 def leaves_nothing(repository: Path, *flags: str) -> Iterator[RunningServer]:
     """A ready server; after the block, which stops it, nothing of it must be left."""
     with serving(repository, SMALL_POOL, *flags) as server:

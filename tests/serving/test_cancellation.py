@@ -7,49 +7,13 @@ import http.client
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from tests.serving.running_server import ENDLESS, PROMPT, QUIRE, RunningServer, hear_signals
+from tests.serving.watch import Watch
 
-from quire.launcher.scheduler_control import ask_scheduler
-from quire.serving.rendezvous import Rendezvous
 from quire_client import AsyncClient, Client, RequestCancelledError, RequestTimeoutError
-
-NOTICE_TIMEOUT_S = 30
-
-
-class Watch:
-    """The scheduler's own view of what it runs."""
-
-    def __init__(self, server: RunningServer) -> None:
-        self._url = server.ports.grpc_url
-        self._rendezvous = Rendezvous.for_server(server.tree()[1])
-
-    def statistics(self) -> dict[str, Any]:
-        answer = ask_scheduler(self._url, self._rendezvous.access_key, "statistics", timeout_s=30)
-        return dict(json.loads(answer))
-
-    def wait_for_requests(self, count: int) -> None:
-        """Return when this many requests run or wait, or fail."""
-        deadline = time.monotonic() + NOTICE_TIMEOUT_S
-        while (found := self._unfinished(self.statistics())) != count:
-            assert time.monotonic() < deadline, f"{found} requests instead of {count}"
-
-    def wait_until_all_is_free(self) -> None:
-        """Return when no request is left and no block is owned, or fail."""
-        self.wait_for_requests(0)
-        statistics = self.statistics()
-        assert statistics["free_blocks"] == statistics["blocks"] > 0
-
-    def close(self) -> None:
-        self._rendezvous.close()
-
-    @staticmethod
-    def _unfinished(statistics: dict[str, Any]) -> int:
-        return int(statistics["running_requests"] + statistics["waiting_requests"])
 
 
 @pytest.fixture

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-import pytest
 import tritonclient.grpc
 from tests.serving.reference import Reference
-from tests.serving.running_server import ENDLESS, PROMPT, QUIRE, RunningServer, leaves_nothing, long_stream
+from tests.serving.running_server import ENDLESS, PROMPT, RunningServer, leaves_nothing, long_stream
 
 from quire_client import Client
 
 PROMPTS = (PROMPT, "The little fox", "Question: What")
-
-
-@pytest.fixture
-def in_process_repository(checkpoint: Path, tmp_path: Path) -> Path:
-    output = tmp_path / "model_repository"
-    command: list[str | Path] = [QUIRE, "build", checkpoint, "--output", output, "--engine", "in-process"]
-    subprocess.run(command, check=True)
-    return output
 
 
 def test_it_serves_the_text_of_transformers_with_two_models_and_ctrl_c_leaves_nothing(

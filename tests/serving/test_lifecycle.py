@@ -18,11 +18,13 @@ from tests.serving.running_server import (
     SMALL_POOL,
     Ports,
     RunningServer,
+    bare_server,
     end,
     eventually,
     is_running,
     leaves_nothing,
     long_stream,
+    printed_command,
     rendezvous_folders,
     serving,
     started,
@@ -134,14 +136,9 @@ def test_a_second_server_on_the_same_ports_is_refused(server: RunningServer, rep
 def test_a_bare_tritonserver_started_by_hand_serves_the_same_repository(
     repository: Path, client: Client
 ) -> None:
-    ports = Ports.free()
-    line = printed_command(repository, SMALL_POOL, *ports.flags)
-    bare = RunningServer.start(["sh", "-c", f"exec {line}"], ports)
-    tree: list[int] = []
-    try:
-        bare.wait_for_line("Started HTTPService")
+    with bare_server(repository, SMALL_POOL) as bare:
         tree = bare.tree()
-        with Client(ports.grpc_url) as bare_client:
+        with Client(bare.ports.grpc_url) as bare_client:
             assert bare_client.is_ready()
             expected = client.generate(PROMPT, max_tokens=24, temperature=0)
             assert bare_client.generate(PROMPT, max_tokens=24, temperature=0) == expected
@@ -149,14 +146,6 @@ def test_a_bare_tritonserver_started_by_hand_serves_the_same_repository(
         bare.wait()
         assert eventually(lambda: not any(is_running(pid) for pid in tree))
         assert rendezvous_folders(tree) == []
-    finally:
-        end(bare)
-
-
-def printed_command(repository: Path, *flags: str) -> str:
-    """The tritonserver command as `quire serve` prints it for a shell."""
-    command: list[str | Path] = [QUIRE, "serve", repository, "--print-command", *flags]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize(
