@@ -53,6 +53,10 @@ class PeerLostError(RequestError):
     code = "UNAVAILABLE"
 
 
+class EngineDeadError(PeerLostError):
+    """The engine is gone and nothing brings it back to this server, which ends."""
+
+
 class EngineStepError(RequestError):
     """The engine failed on the steps that carried this request, repeatedly."""
 

@@ -205,6 +205,15 @@ def test_the_engine_is_found_while_it_lives(runtime_dir: Path, holder: subproces
     mine.close()
 
 
+def test_the_reason_of_the_end_is_there_once_it_was_announced(runtime_dir: Path) -> None:
+    component, launcher = (Rendezvous.for_server(os.getpid()) for _ in range(2))
+    assert launcher.reason_of_end() is None
+    component.announce_end("the GPU is lost")
+    component.close()
+    assert launcher.reason_of_end() == "the GPU is lost"
+    launcher.close()
+
+
 def test_an_engine_not_loaded_yet_is_not_found(runtime_dir: Path) -> None:
     mine = Rendezvous.for_server(os.getpid())
     with pytest.raises(PeerLostError, match="not been loaded"):

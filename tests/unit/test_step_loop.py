@@ -10,12 +10,16 @@ from typing import cast
 
 import numpy as np
 import pytest
+from tests.unit import fake_gpu
 
 from quire.engine_core import EngineCore
-from quire.errors import EngineStepError, PeerLostError, QuireError
-from quire.execution.executor import PoolInfo, StepOutput
+from quire.errors import EngineDeadError, EngineStepError, PeerLostError, QuireError
+from quire.execution.executor import Executor, PoolInfo, StepOutput
+from quire.execution.manifest import EngineLimits
 from quire.execution.model_inputs import ModelInputs
 from quire.execution.sampler import Sampler
+from quire.execution.tensorrt.engine import TensorRTEngine
+from quire.execution.tensorrt.executor import TensorRTExecutor
 from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire.serving.channel import ChannelStatistics, FrontendLost, SchedulerChannel
@@ -92,9 +96,12 @@ class CountingEngine:
         self.present = threading.Event()
         self.present.set()
         self.closed = threading.Event()
+        self.dead = False
         self.waiting: queue.Queue[tuple[FakeStep, StepOutput]] = queue.Queue()
 
     def pool_info(self, timeout_s: float) -> PoolInfo:
+        if self.dead:
+            raise EngineDeadError("the GPU is lost: cudaErrorIllegalAddress")
         if self.closed.is_set() or not self.present.wait(0.01):
             raise PeerLostError("the engine does not answer")
         return PoolInfo(NUM_BLOCKS, epoch=1)
@@ -141,11 +148,27 @@ class CountingEngine:
 
 @dataclass
 class Bench:
-    """A running loop and both its neighbours."""
+    """A running loop and its neighbours."""
 
     channel: FakeChannel
     engine: CountingEngine
     loop: StepLoop
+    end: queue.Queue[EngineDeadError]
+    """What the server was ended with."""
+
+    def assert_all_is_over(self, reason: str, *request_ids: str) -> None:
+        """The server ends, for these requests have been told why; whoever comes late is told the same."""
+        error = self.end.get(timeout=PATIENCE_S)
+        assert str(error) == f"{reason}; the server ends, try again later"
+        told = [message for batch in iter_now(self.channel.sent) for _, message in batch]
+        expected = [Refusal(request_id, "EngineDeadError", str(error)) for request_id in request_ids]
+        assert [message for message in told if isinstance(message, Refusal)] == expected
+        self.channel.arrive((BOB, submit("late")))
+        assert self.channel.next() == [(BOB, Refusal("late", "EngineDeadError", str(error)))]
+        self.loop.drain()
+        self.loop.stop()
+        assert self.end.empty()
+        assert "quire-step-loop" not in {thread.name for thread in threading.enumerate()}
 
     def tokens_of(self, frontend: bytes, request_id: str) -> list[int]:
         """The tokens of a request that is the only one, to its end."""
@@ -167,8 +190,19 @@ StartLoop = Callable[..., Bench]
 def start_loop() -> Iterator[StartLoop]:
     loops: list[StepLoop] = []
 
-    def start(*, max_queued_requests: int = 8, max_num_seqs: int = 4, paused: bool = False) -> Bench:
+    def start(
+        *,
+        max_queued_requests: int = 8,
+        max_num_seqs: int = 4,
+        paused: bool = False,
+        absent: bool = False,
+        executor: Executor | None = None,
+        step_timeout_s: float = PATIENCE_S,
+    ) -> Bench:
         engine = CountingEngine(paused=paused)
+        if absent:
+            engine.present.clear()
+        chosen: Executor = executor or engine
         config = SchedulerConfig(
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
@@ -178,14 +212,16 @@ def start_loop() -> Iterator[StartLoop]:
             async_scheduling=True,
         )
         channel = FakeChannel()
+        end: queue.Queue[EngineDeadError] = queue.Queue()
         loop = StepLoop(
-            engine,
-            lambda pool: EngineCore(Scheduler(config), engine, Sampler(), step_timeout_s=PATIENCE_S),
+            chosen,
+            lambda pool: EngineCore(Scheduler(config), chosen, Sampler(), step_timeout_s=step_timeout_s),
             cast(SchedulerChannel, channel),
+            end_server=end.put,
             max_queued_requests=max_queued_requests,
         )
         loops.append(loop)
-        return Bench(channel, engine, loop)
+        return Bench(channel, engine, loop, end)
 
     yield start
     for loop in loops:
@@ -309,6 +345,7 @@ def test_when_the_engine_is_lost_requests_end_and_its_return_is_noticed(start_lo
         assert message.error == "PeerLostError"
     assert isinstance(message, StepTokens)
     assert message.token_ids == [4]
+    assert bench.end.empty()
 
 
 def _answer(bench: Bench, request_id: str) -> ToFrontend:
@@ -325,6 +362,95 @@ def test_a_failed_step_costs_a_request_nothing(start_loop: StartLoop) -> None:
     step.outcome.put(EngineStepError("out of memory"))
     assert bench.tokens_of(ALICE, "a") == [4, 5, 6]
     assert bench.loop.statistics().failed_steps == 1
+    assert bench.end.empty()
+
+
+def test_when_the_engine_is_dead_every_request_is_told_and_the_server_ends(start_loop: StartLoop) -> None:
+    bench = start_loop(max_num_seqs=1, paused=True)
+    bench.channel.arrive((ALICE, submit("running")), (ALICE, submit("waiting")))
+    bench.engine.run()
+    bench.channel.next()
+    step, _ = bench.engine.waiting.get(timeout=PATIENCE_S)
+    bench.engine.dead = True
+    step.outcome.put(EngineStepError("step 2 failed: cudaErrorIllegalAddress"))
+    bench.assert_all_is_over("the GPU is lost: cudaErrorIllegalAddress", "running", "waiting")
+
+
+def test_an_engine_that_stays_away_is_dead(start_loop: StartLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.serving.scheduler.step_loop.ENGINE_RETURN_S", -1.0)
+    bench = start_loop(paused=True)
+    bench.channel.arrive((ALICE, submit("a")))
+    bench.engine.die()
+    assert bench.channel.next_refusal() == Refusal("a", "PeerLostError", "the engine does not answer")
+    bench.assert_all_is_over("the engine has been lost for 0 s: the engine does not answer")
+
+
+def test_an_engine_that_has_not_been_there_yet_is_waited_for(
+    start_loop: StartLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire.serving.scheduler.step_loop.ENGINE_RETURN_S", -1.0)
+    bench = start_loop(absent=True)
+    for request_id in ("a", "b"):
+        bench.channel.arrive((ALICE, submit(request_id)))
+        refusal = bench.channel.next_refusal()
+        assert refusal == Refusal(request_id, "PeerLostError", "the engine does not answer")
+    bench.engine.present.set()
+    request_ids = iter(range(1000))
+    while isinstance(message := _answer(bench, f"c{next(request_ids)}"), Refusal):
+        assert message.error == "PeerLostError"
+    assert bench.end.empty()
+
+
+@pytest.fixture
+def gpu() -> fake_gpu.FakeDevice:
+    return fake_gpu.FakeDevice()
+
+
+def executor_on(gpu: fake_gpu.FakeDevice, plan: fake_gpu.FakePlan | None = None) -> TensorRTExecutor:
+    limits = EngineLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=MAX_MODEL_LEN)
+    kv_cache_bytes = NUM_BLOCKS * fake_gpu.KV_BYTES_PER_BLOCK
+    engine = TensorRTEngine(plan or fake_gpu.FakePlan(gpu), gpu, limits, kv_cache_bytes=kv_cache_bytes)
+    return TensorRTExecutor(engine)
+
+
+def test_a_cuda_error_that_stays_ends_the_server(start_loop: StartLoop, gpu: fake_gpu.FakeDevice) -> None:
+    bench = start_loop(executor=executor_on(gpu))
+    gpu.held = True
+    bench.channel.arrive((ALICE, submit("a")), (BOB, submit("b")))
+    gpu.error = "cudaEventQuery failed with cudaErrorIllegalAddress"
+    bench.assert_all_is_over(f"the GPU is lost: {gpu.error}", "a", "b")
+
+
+def test_a_gpu_that_does_not_come_back_after_the_step_timeout_ends_the_server(
+    start_loop: StartLoop, gpu: fake_gpu.FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "engine_core.ENGINE_PATIENCE_S",
+        "serving.scheduler.step_loop.ENGINE_PATIENCE_S",
+        "execution.tensorrt.executor.CLOSE_TIMEOUT_S",
+    ):
+        monkeypatch.setattr(f"quire.{name}", 0.0)
+    monkeypatch.setattr("quire.serving.scheduler.step_loop.ENGINE_RETURN_S", -1.0)
+    bench = start_loop(executor=executor_on(gpu), step_timeout_s=0)
+    gpu.held = True
+    bench.channel.arrive((ALICE, submit("a")))
+    silence = "the engine still computes a step after 0 s"
+    assert bench.channel.next_refusal() == Refusal("a", "PeerLostError", silence)
+    bench.assert_all_is_over(f"the engine has been lost for 0 s: {silence}")
+
+
+def test_steps_that_tensorrt_refuses_do_not_end_the_server(
+    start_loop: StartLoop, gpu: fake_gpu.FakeDevice
+) -> None:
+    plan = fake_gpu.FakePlan(gpu)
+    bench = start_loop(executor=executor_on(gpu, plan))
+    plan.refused = True
+    bench.channel.arrive((ALICE, submit("a", [1] * 6)))
+    assert "failed 3 steps in a row: step 3 cannot be run" in bench.channel.next_refusal().message
+    plan.refused = False
+    bench.channel.arrive((ALICE, submit("b", [1] * 6, max_tokens=1)))
+    assert bench.tokens_of(ALICE, "b") == [fake_gpu.next_token([1] * 6)]
+    assert bench.end.empty()
 
 
 def test_a_mistake_in_the_scheduler_ends_its_requests_and_the_loop_goes_on(

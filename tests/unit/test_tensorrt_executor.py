@@ -24,7 +24,7 @@ from tests.unit.fake_gpu import (
 )
 
 from quire.engine_core import EngineCore
-from quire.errors import EngineStepError, PeerLostError, SettingsError, StartupError
+from quire.errors import EngineDeadError, EngineStepError, PeerLostError, SettingsError, StartupError
 from quire.execution.manifest import EngineLimits
 from quire.execution.model_inputs import ModelInputs
 from quire.execution.sampler import Sampler
@@ -349,7 +349,7 @@ def test_waiting_for_a_step_ends_when_it_is_done(server: Server) -> None:
     assert ids.tolist() == sequences.expected([0])
 
 
-def test_after_a_cuda_error_every_step_fails_and_the_pool_is_lost(server: Server) -> None:
+def test_after_a_cuda_error_that_stays_the_engine_is_dead(server: Server) -> None:
     sequences = prompts(5, 5)
     handle = server.executor.submit(sequences.step([0]))
     server.device.error = "cudaEventQuery failed with cudaErrorIllegalAddress"
@@ -358,9 +358,19 @@ def test_after_a_cuda_error_every_step_fails_and_the_pool_is_lost(server: Server
     with pytest.raises(PeerLostError):
         server.executor.submit(sequences.step([1]))
     for _ in range(2):
-        with pytest.raises(PeerLostError, match=r"the GPU is lost, restart the server.*IllegalAddress"):
+        with pytest.raises(EngineDeadError, match=r"the GPU is lost: .*cudaErrorIllegalAddress"):
             server.executor.pool_info(0)
     server.executor.close()
+
+
+def test_a_cuda_error_that_does_not_stay_costs_one_step(server: Server) -> None:
+    sequences = prompts(5, 6)
+    server.device.error = "cudaMemcpyAsync failed with cudaErrorInvalidValue"
+    with pytest.raises(EngineStepError, match=r"step 1 cannot be run: .*cudaErrorInvalidValue"):
+        server.executor.submit(sequences.step([0]))
+    server.device.error = ""
+    server.executor.pool_info(TIMEOUT_S)
+    assert server.run(sequences.step([1])) == sequences.expected([1])
 
 
 def test_a_step_that_tensorrt_refuses_fails_alone(server: Server) -> None:

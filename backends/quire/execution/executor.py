@@ -74,6 +74,7 @@ class Executor(Protocol):
         way any more: none writes to the pool or reads its inputs.
 
         Raises:
+            EngineDeadError: the engine is lost, and asking again will not bring it back.
             PeerLostError: the engine cannot be called, or a step is still under way.
         """
         ...

@@ -84,8 +84,8 @@ class ServerProcess:
             rendezvous = None
             try:
                 rendezvous = Rendezvous.for_server(process.pid)
-                if self._wait_until_ready(process):
-                    self._serve(process, rendezvous.access_key)
+                if self._wait_until_ready(process, rendezvous):
+                    self._serve(process, rendezvous)
             except _StopAtOnceError:
                 self._report("killing the server")
             finally:
@@ -114,7 +114,7 @@ class ServerProcess:
         process.wait()
         self._events.put(_Event.EXITED)
 
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
+    def _wait_until_ready(self, process: subprocess.Popen[bytes], rendezvous: Rendezvous) -> bool:
         """Whether the server got ready; False where a signal came first."""
         self._report("loading the models")
         began, told_after_s = time.monotonic(), FIRST_PROGRESS_S
@@ -127,7 +127,7 @@ class ServerProcess:
                     return False
                 case _Event.LOAD_FAILED | _Event.EXITED:
                     self._log.wait_for_end(LOG_TIMEOUT_S)
-                    raise StartupError(self._log.failure())
+                    raise StartupError(rendezvous.reason_of_end() or self._log.failure())
                 case _:
                     pass
         self._log.open()
@@ -142,7 +142,7 @@ class ServerProcess:
         except (urllib.error.URLError, OSError):
             return False
 
-    def _serve(self, process: subprocess.Popen[bytes], access_key: bytes) -> None:
+    def _serve(self, process: subprocess.Popen[bytes], rendezvous: Rendezvous) -> None:
         endpoints = self._plan.endpoints
         self._report(
             f"ready: gRPC {endpoints.local_url(endpoints.grpc_port)}, "
@@ -150,9 +150,10 @@ class ServerProcess:
             f"metrics {endpoints.local_url(endpoints.metrics_port)}/metrics; Ctrl-C stops"
         )
         if self._next_event() is _Event.EXITED:
-            raise QuireError(f"the server ended by itself with exit status {process.returncode}")
+            reason = rendezvous.reason_of_end() or f"exit status {process.returncode}"
+            raise QuireError(f"the server ended by itself: {reason}")
         deadline = time.monotonic() + self._exit_timeout_s
-        self._drain(access_key, deadline - SERVER_EXIT_TIMEOUT_S)
+        self._drain(rendezvous.access_key, deadline - SERVER_EXIT_TIMEOUT_S)
         self._report("stopping the server")
         self._log.shut()
         process.terminate()

@@ -36,11 +36,13 @@ class Rendezvous:
 
     Attributes:
         path: the folder.
+        server: the server's process.
         access_key: the secret of this start, `ACCESS_KEY_BYTES` long.
     """
 
-    def __init__(self, path: Path, lock: int, access_key: bytes) -> None:
+    def __init__(self, path: Path, server: Process, lock: int, access_key: bytes) -> None:
         self.path = path
+        self.server = server
         self.access_key = access_key
         self._lock = lock
 
@@ -64,7 +66,7 @@ class Rendezvous:
         _remove_leftovers(runtime_dir)
         lock = _open_and_hold(path)
         try:
-            return cls(path, lock, _shared_key(path / "access_key"))
+            return cls(path, server, lock, _shared_key(path / "access_key"))
         except OSError as error:
             os.close(lock)
             raise StartupError(f"cannot use {path}: {error.strerror}") from error
@@ -93,6 +95,17 @@ class Rendezvous:
         if not engine.alive():
             raise PeerLostError("the engine's process is gone")
         return engine
+
+    def announce_end(self, reason: str) -> None:
+        """Make known why the server is about to end."""
+        _publish(self.path / "end", reason.encode())
+
+    def reason_of_end(self) -> str | None:
+        """Why the server ended, where a component has said so."""
+        try:
+            return (self.path / "end").read_text()
+        except FileNotFoundError:
+            return None
 
     def close(self) -> None:
         """Let go of the folder; the last one to do so removes it. May be called again."""

@@ -7,6 +7,7 @@ not do: it follows the thread that started the stub, and the server's loader thr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -40,6 +41,12 @@ class Process:
     def alive(self) -> bool:
         """Whether it still runs; a process that ended and was not collected yet does not."""
         return _start_time(self.pid) == self.start_time
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.alive():
+                os.kill(self.pid, number)
 
     def when_gone(self, call: Callable[[], None], *, name: str) -> None:
         """Call `call` once, from a daemon thread called `name`, as soon as the process has ended."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quire.errors import EngineStepError, PeerLostError
+from quire.errors import EngineDeadError, EngineStepError, PeerLostError
 from quire.execution.executor import PoolInfo, StepOutput
 from quire.execution.model_inputs import InputsCheck, ModelInputs
 from quire.execution.tensorrt.buffers import StepBuffers
@@ -18,15 +18,14 @@ from quire.execution.tensorrt.engine import MAX_UNDER_WAY, TensorRTEngine
 SPIN_S = 50e-6
 """How long to ask for a step's end again and again before sleeping in between."""
 LONGEST_SLEEP_S = 100e-6
-PAUSE_AFTER_FAILURE_S = 0.5
-"""How long `pool_info` takes to say that the GPU is lost, so that asking again keeps nobody busy."""
 CLOSE_TIMEOUT_S = 1.0
 
 
 class TensorRTExecutor:
     """Runs steps on an engine in this process, two under way at most.
 
-    A CUDA error ends the use of the GPU by this process: from then on `pool_info` raises `PeerLostError`.
+    Some CUDA errors end the use of the GPU by this process. Whether one did shows when `pool_info` asks the
+    GPU next: then it raises `EngineDeadError`, and so it does from then on.
 
     Args:
         engine: closed with this.
@@ -59,8 +58,8 @@ class TensorRTExecutor:
         """The engine's pool, once no step is under way any more.
 
         Raises:
-            PeerLostError: a step is still under way after `timeout_s`, the GPU is lost, or the executor
-                was closed.
+            EngineDeadError: the GPU is lost to this process.
+            PeerLostError: a step is still under way after `timeout_s`, or the executor was closed.
         """
         try:
             with self._lock:
@@ -70,8 +69,7 @@ class TensorRTExecutor:
             if not self._wait(self._idle, timeout_s):
                 raise PeerLostError(f"the engine still computes a step after {timeout_s:g} s")
         except DeviceError as error:
-            self._closed.wait(min(timeout_s, PAUSE_AFTER_FAILURE_S))
-            raise PeerLostError(f"the GPU is lost, restart the server: {error}") from None
+            raise EngineDeadError(f"the GPU is lost: {error}") from None
         self._unused = deque(self._engine.buffers)
         self._num_sampled_before = 0
         self._failed = False

@@ -24,6 +24,7 @@ from quire.serving.engine.loading import load_executor
 from quire.serving.rendezvous import Rendezvous
 from quire.serving.scheduler.hosted_plan import HostedPlanExecutor
 from quire.serving.scheduler.metrics import MetricsReporter
+from quire.serving.scheduler.server_end import ServerEnd
 from quire.serving.scheduler.step_loop import StepLoop
 from quire.serving.scheduler.triton_executor import TritonExecutor
 from quire.serving.tensors import check_access, error_response, input_arrays, response, string_array
@@ -51,8 +52,13 @@ class SchedulerComponent:
             config = _scheduler_config(manifest, settings, pool, overlap=executor.token_feedback)
             return EngineCore(Scheduler(config), executor, Sampler(), step_timeout_s=settings.step_timeout_s)
 
+        self._server_end = ServerEnd(self._rendezvous)
         self._loop = StepLoop(
-            executor, make_core, self._channel, max_queued_requests=settings.max_queued_requests
+            executor,
+            make_core,
+            self._channel,
+            end_server=self._server_end.begin,
+            max_queued_requests=settings.max_queued_requests,
         )
         self._metrics = MetricsReporter(self._loop.statistics)
 
@@ -62,6 +68,7 @@ class SchedulerComponent:
 
     def finalize(self) -> None:
         """End the loop and the channel; requests that are left end with an error."""
+        self._server_end.complete()
         self._metrics.close()
         self._loop.stop()
         self._channel.close()

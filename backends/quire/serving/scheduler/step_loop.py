@@ -16,7 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quire.engine_core import EngineCore
-from quire.errors import EngineStepError, OverloadedError, PeerLostError, QuireError, RequestError
+from quire.errors import (
+    EngineDeadError,
+    EngineStepError,
+    OverloadedError,
+    PeerLostError,
+    QuireError,
+    RequestError,
+)
 from quire.execution.executor import Executor, PoolInfo
 from quire.scheduling.request import Request
 from quire.scheduling.scheduler_output import RequestOutput
@@ -25,6 +32,8 @@ from quire.serving.messages import Abort, Finished, Refusal, StepTokens, Submit,
 
 ENGINE_PATIENCE_S = 2.0
 """How long the loop waits for the engine before it tells those who wait, and starts over."""
+ENGINE_RETURN_S = 30.0
+"""How long an engine that was lost may stay away until it counts as dead."""
 STOP_TIMEOUT_S = 2.0
 PAUSE_AFTER_FAILURE_S = 0.1
 """So that a mistake that comes back at once does not fill the log."""
@@ -89,6 +98,7 @@ class StepLoop:
         executor: runs the steps; closed by `stop`.
         make_core: makes the engine core for a pool, once the engine has told its size.
         channel: to the frontends.
+        end_server: called once, when the engine is dead and every request has been told so.
         max_queued_requests: requests that may wait to be scheduled; more are refused.
     """
 
@@ -98,6 +108,7 @@ class StepLoop:
         make_core: Callable[[PoolInfo], EngineCore],
         channel: SchedulerChannel,
         *,
+        end_server: Callable[[EngineDeadError], None],
         max_queued_requests: int,
     ) -> None:
         self.core: EngineCore | None = None
@@ -105,7 +116,10 @@ class StepLoop:
         self._executor = executor
         self._make_core = make_core
         self._channel = channel
+        self._end_server = end_server
         self._max_queued_requests = max_queued_requests
+        self._lost_since: float | None = None
+        """When the engine stopped answering; None while it answers, and until it has for the first time."""
         self._routes: dict[str, _Route] = {}
         self._num_arrivals = 0
         self._finish_times: deque[float] = deque([time.monotonic()], maxlen=64)
@@ -152,7 +166,11 @@ class StepLoop:
         while not self._stopping.is_set():
             try:
                 self._serve()
+            except EngineDeadError as error:
+                self._give_up(error)
             except PeerLostError as error:
+                if self.core is not None:
+                    self._lost_since = time.monotonic()
                 self._end_all(error)
             except Exception:
                 # The scheduler's state cannot be trusted any more; a new one starts with none.
@@ -161,8 +179,17 @@ class StepLoop:
                 self._stopping.wait(PAUSE_AFTER_FAILURE_S)
         self._end_all(PeerLostError("the server is stopping; try again later"))
 
+    def _give_up(self, error: EngineDeadError) -> None:
+        """End every request, then the server; refuse what comes until it stops this loop."""
+        error = EngineDeadError(f"{error}; the server ends, try again later")
+        self._end_all(error)
+        self._end_server(error)
+        while not self._stopping.is_set():
+            self._channel.arrived.wait()
+            self._end_all(error)
+
     def _serve(self) -> None:
-        self.core = core = self._make_core(self._executor.pool_info(ENGINE_PATIENCE_S))
+        self.core = core = self._make_core(self._pool_info())
         while not self._stopping.is_set():
             self._take_arrivals(core)
             if core.has_work:
@@ -171,6 +198,25 @@ class StepLoop:
                 if self._draining:
                     self._drained.set()
                 self._channel.arrived.wait()
+
+    def _pool_info(self) -> PoolInfo:
+        """The engine's pool, once it answers. An engine that never has may still be loading.
+
+        Raises:
+            EngineDeadError: the executor says so, or it has been lost for longer than `ENGINE_RETURN_S`.
+            PeerLostError: it does not answer.
+        """
+        try:
+            pool = self._executor.pool_info(ENGINE_PATIENCE_S)
+        except PeerLostError as error:
+            if self._lost_since is None or self._stopping.is_set():
+                raise
+            lost_s = time.monotonic() - self._lost_since
+            if lost_s <= ENGINE_RETURN_S:
+                raise
+            raise EngineDeadError(f"the engine has been lost for {lost_s:.0f} s: {error}") from None
+        self._lost_since = None
+        return pool
 
     def _step(self, core: EngineCore) -> None:
         result = core.step()
