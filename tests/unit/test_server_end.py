@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,12 +21,19 @@ ERROR = EngineDeadError(
     "the GPU is lost: cudaEventQuery failed with cudaErrorIllegalAddress; the server ends"
 )
 
+STOPPING = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: print("stopping", flush=True))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
 
 @pytest.fixture
 def stopping() -> Iterator[subprocess.Popen[str]]:
     """A server that takes its time once it was told to stop."""
-    script = "trap 'echo stopping' TERM; echo ready; while :; do sleep 600 & wait; kill $!; done"
-    process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", STOPPING], stdout=subprocess.PIPE, text=True)
     assert line_of(process) == "ready"
     yield process
     process.kill()
