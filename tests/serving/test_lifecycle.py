@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,19 @@ def test_a_bare_tritonserver_started_by_hand_serves_the_same_repository(
         assert rendezvous_folders(tree) == []
 
 
+def test_paths_that_a_shell_would_take_apart_are_served(
+    repository: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
+    own = Path(shutil.copytree(repository, tmp_path / "my models; the 'új' $(ones)" / "repository"))
+    with serving(own, SMALL_POOL) as server, Client(server.ports.grpc_url) as client:
+        assert client.generate(PROMPT, max_tokens=8, temperature=0).num_output_tokens == 8
+
+
 @pytest.mark.parametrize(
     ("flag", "name"),
     [
@@ -211,6 +225,19 @@ def test_an_engine_file_that_changed_after_the_build_is_refused(damaged: Path) -
 def test_a_missing_model_is_refused(damaged: Path) -> None:
     shutil.rmtree(damaged / "scheduler")
     assert "scheduler/config.pbtxt is missing" in refused_start(damaged)
+
+
+def test_a_component_whose_process_dies_as_it_starts_is_not_waited_for(damaged: Path) -> None:
+    words = shlex.split(printed_command(damaged, *Ports.free().flags))
+    backends = next(word for word in words if word.startswith("--backend-directory=")).partition("=")[2]
+    # Triton prefers a model's own stub. Asked without arguments, one that is sound exits with 1.
+    stub = damaged / "engine" / "triton_python_backend_stub"
+    real = shlex.quote(f"{backends}/python/triton_python_backend_stub")
+    stub.write_text(f"#!/bin/sh\n[ $# = 0 ] && exit 1\nexec {real} model.py region not-a-number 1 1 1 1 1\n")
+    stub.chmod(0o755)
+    refusal = refused_start(damaged)
+    assert "a process of the server died as it started: terminate called" in refusal
+    assert "(stol)" in refusal
 
 
 def refused_start(repository: Path, *flags: str) -> str:

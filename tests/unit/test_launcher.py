@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes.util
+import os
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,17 +116,31 @@ def test_the_plan_carries_settings_as_variables_and_ports_as_arguments(repositor
     assert plan.environment["PATH"].startswith(str(Path(sys.executable).parent))
 
 
-def test_the_shell_line_survives_a_shell(repository: Path, tmp_path: Path) -> None:
+def test_the_shell_line_survives_a_shell(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spaced = "/a folder; with 'quotes'"
+    monkeypatch.setenv("PATH", spaced, prepend=os.pathsep)
+    words = shlex.split(plan_launch(LaunchOptions(repository, free_endpoints())).shell_line())
+    program = words.index(next(word for word in words if word.endswith("/tritonserver")))
+    line = shlex.join([*words[:program], sys.executable, "-c", "import os; print(os.environ['PATH'])"])
+    printed = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert spaced in printed.strip().split(os.pathsep)
+
+
+def test_the_server_gets_only_paths_that_its_shell_takes_as_one_word(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spaced = tmp_path / "a folder; with 'quotes'"
     repository.rename(spaced)
-    line = plan_launch(LaunchOptions(spaced, free_endpoints())).shell_line()
-    words = shlex.split(line)
-    program = words.index(next(word for word in words if word.endswith("/tritonserver")))
-    replaced = [*words[:program], "printf", "%s\n", *words[program + 1 :]]
-    printed = subprocess.run(
-        ["sh", "-c", shlex.join(replaced)], capture_output=True, text=True, check=True
-    ).stdout
-    assert f"--model-repository={spaced}" in printed.splitlines()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    plan = plan_launch(LaunchOptions(spaced, free_endpoints()))
+    given = dict(argument.split("=", 1) for argument in plan.argv if argument.count("=") == 1)
+    for flag, leads_to in (
+        ("--model-repository", spaced),
+        ("--backend-directory", next((tmp_path / "a cache" / "quire").glob("backends-*"))),
+    ):
+        assert shlex.quote(given[flag]) == given[flag]
+        assert Path(given[flag]).resolve() == leads_to
 
 
 @pytest.mark.parametrize("limit", ["max_num_seqs", "max_num_batched_tokens", "max_model_len"])

@@ -73,6 +73,46 @@ def test_a_server_that_ends_early_leaves_its_first_error_or_last_line(output: st
     assert log.failure().endswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("last_words", "sentence"),
+    [
+        (
+            "terminate called after throwing an instance of 'std::invalid_argument'\n  what():  stol\n",
+            "terminate called after throwing an instance of 'std::invalid_argument' (stol)",
+        ),
+        # Two that died at the same time.
+        (
+            "terminate called after throwing an instance of 'terminate called recursively\n"
+            "  what():  stol\n  what():  another\n",
+            "terminate called after throwing an instance of 'terminate called recursively (stol)",
+        ),
+        (
+            "/b/triton_python_backend_stub: error while loading shared libraries: libpython3.11.so.1.0: no\n",
+            "/b/triton_python_backend_stub: error while loading shared libraries: libpython3.11.so.1.0: no",
+        ),
+        (
+            "Fatal Python error: init_fs_encoding: failed\nPython runtime state: core initialized\n",
+            "Fatal Python error: init_fs_encoding: failed",
+        ),
+    ],
+)
+def test_last_words_of_a_process_while_models_load_are_a_failure(last_words: str, sentence: str) -> None:
+    log, _, failed = read(NO_GPU + last_words)
+    assert failed
+    assert log.failure() == f"a process of the server died as it started: {sentence}"
+
+
+def test_last_words_are_no_failure_to_load_once_the_server_is_ready() -> None:
+    _, lines, failed = read("terminate called after throwing an instance of 'x'\n", loaded=True)
+    assert not failed
+    assert len(lines) == 1
+
+
+def test_a_failure_to_load_says_more_than_last_words() -> None:
+    log, _, _ = read("Fatal Python error: x\n" + LOAD_FAILURE)
+    assert log.failure() == 'engine: step is "x"; it must be a number'
+
+
 def test_a_running_servers_warnings_errors_and_prints_go_through_and_nothing_else() -> None:
     text = (
         NO_GPU

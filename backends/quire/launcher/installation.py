@@ -23,6 +23,7 @@ from pathlib import Path
 import quire
 from quire.errors import StartupError
 from quire.interface import BACKEND
+from quire.launcher.plain_paths import plain_path, user_cache
 from quire.serving.watchdog import STUB_NAME
 
 CONTAINER_ROOT = Path("/opt/tritonserver")
@@ -110,13 +111,20 @@ def backend_directory(triton: TritonInstallation) -> Path:
     everything else is linked. The result is kept in the user's cache, because a server started by hand
     needs it too; its name tells by content which combination it is.
 
+    Returns:
+        The folder, or a link to it where the cache's path isn't plain.
+
     Raises:
-        StartupError: the cache cannot be written.
+        StartupError: the cache cannot be written, or no link can be made.
     """
     package = Path(quire.__file__).resolve().parent
-    target = _cache_dir() / f"backends-{_fingerprint(triton, package)}"
-    if target.is_dir():
-        return target
+    target = user_cache() / f"backends-{_fingerprint(triton, package)}"
+    if not target.is_dir():
+        _put_together(target, triton, package)
+    return plain_path(target)
+
+
+def _put_together(target: Path, triton: TritonInstallation, package: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".backends-", dir=target.parent))
@@ -137,7 +145,6 @@ def backend_directory(triton: TritonInstallation) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         if not target.is_dir():  # Otherwise another start was faster.
             raise StartupError(f"cannot put the backends together in {target} ({error.strerror})") from error
-    return target
 
 
 def _server_roots() -> Iterator[Path]:
@@ -184,11 +191,6 @@ def _libpython_dirs() -> tuple[Path, ...]:
         f"{soname}, which tritonserver's Python backend loads, was not found; install it (on Debian and "
         f"Ubuntu: apt-get install libpython{_python_version()}) or use a Python built with --enable-shared"
     )
-
-
-def _cache_dir() -> Path:
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    return (Path(chosen) if chosen else Path.home() / ".cache") / "quire"
 
 
 def _fingerprint(triton: TritonInstallation, package: Path) -> str:

@@ -26,6 +26,7 @@ from quire.errors import SettingsError, StartupError
 from quire.execution.manifest import Manifest, read_manifest
 from quire.interface import LLM, SCHEDULER, EnginePlacement
 from quire.launcher.installation import TritonInstallation, backend_directory, find_triton
+from quire.launcher.plain_paths import plain_path
 from quire.launcher.tensorrt import check_tensorrt
 from quire.settings import ENVIRONMENT_PREFIX, ServingSettings
 
@@ -233,7 +234,7 @@ def _arguments(triton: TritonInstallation, options: LaunchOptions, shm_prefix: s
     endpoints = options.endpoints
     return (
         str(triton.binary),
-        f"--model-repository={options.repository.resolve()}",
+        f"--model-repository={plain_path(options.repository.resolve())}",
         f"--backend-directory={backend_directory(triton)}",
         "--disable-auto-complete-config",
         f"--grpc-address={endpoints.address}",

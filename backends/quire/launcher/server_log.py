@@ -4,6 +4,9 @@ While models load, only the engine's own lines (its KV pool, its warm-up, how lo
 through, and if loading fails, one sentence is made from the first line that names a cause. Once the server is
 ready, warnings, errors and whatever isn't Triton's own log go through.
 
+The server waits for ever for a component's process that dies as it starts. What the C++ library, the loader
+or Python itself says then is taken for a failure to load; a process that is killed says nothing.
+
 Triton's TensorRT backend captures every CUDA graph of a plan under every profile. Those that don't hold it
 refuse with several lines of errors each, about a hundred times: these say nothing about a failure.
 """
@@ -29,6 +32,10 @@ _ENGINE_LINE = re.compile(
 _LOADING = re.compile(r'"?loading: (?P<model>\w+):\d+')
 _LOADED = re.compile(r'"?successfully loaded \'(?P<model>\w+)\'')
 _LOAD_FAILURE = re.compile(r'"?failed to load \'(?P<model>\w+)\' version \d+: (?P<cause>.*)')
+_DEATH = re.compile(r"terminate called |Fatal Python error: |\S.*: error while loading shared libraries: ")
+"""Last words: nobody goes on after them."""
+_CAUSE_OF_DEATH = re.compile(r" +what\(\): +(?P<cause>.*)")
+"""What follows the first of them."""
 _TABLE = re.compile(r"[+|].*[+|]|")
 _NO_GPU = re.compile(r"CudaDriverHelper|pinned memory pool will not be available")
 """Complaints of a server that looks for a GPU and finds none."""
@@ -54,6 +61,9 @@ class ServerLog:
         self._verbose = verbose
         self._matters = _matters_while_loading
         self._load_failure: str | None = None
+        self._death: str | None = None
+        """The last words of a process while models load."""
+        self._cause_of_death = ""
         self._first_error: str | None = None
         self._last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
         self._loaded: dict[str, bool] = {}
@@ -64,10 +74,11 @@ class ServerLog:
         """Read `output` on a thread of its own; `on_load_failure` is called when a model fails to load."""
 
         def read() -> None:
+            failed = False
             for raw in output:
-                failed_before = self._load_failure is not None
                 self._take(raw.decode(errors="replace").rstrip("\n"))
-                if self._load_failure is not None and not failed_before:
+                if not failed and (self._load_failure or self._death):
+                    failed = True
                     on_load_failure()
 
         self._reader = threading.Thread(target=read, name="server-log", daemon=True)
@@ -101,6 +112,8 @@ class ServerLog:
         """Why the server did not start, in one sentence."""
         if self._load_failure is not None:
             return self._load_failure
+        if self._death is not None:
+            return f"a process of the server died as it started: {self._death}{self._cause_of_death}"
         if self._first_error is not None:
             return self._first_error
         last = next((line for line in reversed(self._last_lines) if line), "it printed nothing")
@@ -113,6 +126,8 @@ class ServerLog:
             self._note_failure(entry)
         elif entry is None and line.startswith("error: ") and self._first_error is None:
             self._first_error = line.removeprefix("error: ")
+        elif entry is None and self._matters is _matters_while_loading:
+            self._note_death(line)
         self._last_lines.append(line)
         if self._verbose or self._matters(line, entry):
             self._write(line)
@@ -122,6 +137,12 @@ class ServerLog:
             self._loaded.setdefault(loading["model"], False)
         elif (loaded := _LOADED.match(text)) is not None:
             self._loaded[loaded["model"]] = True
+
+    def _note_death(self, line: str) -> None:
+        if self._death is None and _DEATH.match(line):
+            self._death = line
+        elif self._death is not None and not self._cause_of_death and (cause := _CAUSE_OF_DEATH.match(line)):
+            self._cause_of_death = f" ({cause['cause']})"
 
     def _note_failure(self, entry: re.Match[str]) -> None:
         failure = _LOAD_FAILURE.match(entry["text"])
