@@ -227,6 +227,15 @@ def test_a_missing_model_is_refused(damaged: Path) -> None:
     assert "scheduler/config.pbtxt is missing" in refused_start(damaged)
 
 
+def test_a_component_whose_process_is_killed_as_it_starts_is_not_waited_for(damaged: Path) -> None:
+    stub = damaged / "engine" / "triton_python_backend_stub"
+    stub.write_text("#!/bin/sh\n[ $# = 0 ] && exit 1\nkill -KILL $$\n")
+    stub.chmod(0o755)
+    refusal = refused_start(damaged)
+    assert "a process of the server died while it loaded (killed by SIGKILL); not loaded: " in refusal
+    assert "engine" in refusal.partition("not loaded: ")[2].partition(";")[0]
+
+
 def test_a_component_whose_process_dies_as_it_starts_is_not_waited_for(damaged: Path) -> None:
     words = shlex.split(printed_command(damaged, *Ports.free().flags))
     backends = next(word for word in words if word.startswith("--backend-directory=")).partition("=")[2]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+
+import pytest
 
 from quire.serving.watchdog import STUB_NAME, Process
 
@@ -63,6 +66,46 @@ def test_a_process_that_nobody_has_collected_does_not_count_as_alive() -> None:
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not identity.alive()
     process.wait()
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [
+        (f"kill -{signal.SIGKILL} $$", "killed by SIGKILL"),
+        (f"kill -{signal.SIGRTMIN + 1} $$", f"killed by signal {signal.SIGRTMIN + 1}"),
+        ("exit 3", "exit status 3"),
+    ],
+)
+def test_what_a_process_died_of_is_known_until_it_is_collected(end: str, cause: str) -> None:
+    process = subprocess.Popen(["sh", "-c", f"read go; {end}"], stdin=subprocess.PIPE)
+    identity = Process.running(process.pid)
+    assert identity.cause_of_death() is None
+    assert process.stdin is not None
+    process.stdin.close()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert identity.cause_of_death() == cause
+    assert Process(identity.pid, identity.start_time - 1).cause_of_death() is None
+    process.wait()
+    assert identity.cause_of_death() is None
+
+
+def test_children_of_every_thread_are_seen_until_they_are_collected() -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: started.append(subprocess.Popen(["sleep", "600"])))
+        thread.start()
+        thread.join()
+    started.append(subprocess.Popen(["sleep", "600"]))
+    children = {Process.running(process.pid) for process in started}
+    myself = Process.running(os.getpid())
+    assert children <= set(myself.children())
+    for process in started:
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert children <= set(myself.children())
+    for process in started:
+        process.wait()
+    assert not children & set(myself.children())
 
 
 def test_a_stub_cleans_up_and_ends_with_its_killed_server(tmp_path: object) -> None:

@@ -5,7 +5,8 @@ through, and if loading fails, one sentence is made from the first line that nam
 ready, warnings, errors and whatever isn't Triton's own log go through.
 
 The server waits for ever for a component's process that dies as it starts. What the C++ library, the loader
-or Python itself says then is taken for a failure to load; a process that is killed says nothing.
+or Python itself says then is taken for a failure to load; a process that is killed says nothing, and
+`dead_children` notices it.
 
 Triton's TensorRT backend captures every CUDA graph of a plan under every profile. Those that don't hold it
 refuse with several lines of errors each, about a hundred times: these say nothing about a failure.

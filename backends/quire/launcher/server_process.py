@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 
 from quire.errors import QuireError, StartupError
 from quire.launcher import shared_memory
+from quire.launcher.dead_children import DeadChildren
 from quire.launcher.plan import SERVER_EXIT_TIMEOUT_S, LaunchPlan
 from quire.launcher.scheduler_control import ask_scheduler
 from quire.launcher.server_log import ServerLog
@@ -118,8 +119,14 @@ class ServerProcess:
         """Whether the server got ready; False where a signal came first."""
         self._report("loading the models")
         began, told_after_s = time.monotonic(), FIRST_PROGRESS_S
+        dead_children = DeadChildren(rendezvous.server)
         while not self._ready():
-            if time.monotonic() - began >= told_after_s:
+            now = time.monotonic()
+            if (cause := dead_children.cause_of_death(now)) is not None:
+                raise StartupError(
+                    f"a process of the server died while it loaded ({cause}); {self._log.progress()}"
+                )
+            if now - began >= told_after_s:
                 self._report(f"still loading after {told_after_s:g} s; {self._log.progress()}")
                 told_after_s *= 2
             match self._next_event(READY_POLL_S):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,14 +34,35 @@ class Process:
         Raises:
             ProcessLookupError: there is none.
         """
-        start_time = _start_time(pid)
-        if start_time is None:
+        status = _status(pid)
+        if status is None or status.ended:
             raise ProcessLookupError(f"no process {pid}")
-        return cls(pid, start_time)
+        return cls(pid, status.start_time)
 
     def alive(self) -> bool:
         """Whether it still runs; a process that ended and was not collected yet does not."""
-        return _start_time(self.pid) == self.start_time
+        status = _status(self.pid)
+        return status is not None and status.start_time == self.start_time and not status.ended
+
+    def cause_of_death(self) -> str | None:
+        """What it died of, as long as its parent has not collected it; None before that and afterwards."""
+        status = _status(self.pid)
+        if status is None or status.start_time != self.start_time or not status.ended:
+            return None
+        return _cause_of_death(status.wait_status)
+
+    def children(self) -> list[Process]:
+        """Its children, those included that have ended and that it has not collected."""
+        try:
+            threads = list((Path("/proc") / str(self.pid) / "task").iterdir())
+        except OSError:
+            return []
+        pids: list[int] = []
+        for thread in threads:
+            with contextlib.suppress(OSError):  # The thread has ended meanwhile.
+                pids += map(int, (thread / "children").read_bytes().split())
+        statuses = {pid: _status(pid) for pid in pids}
+        return [Process(pid, status.start_time) for pid, status in statuses.items() if status is not None]
 
     def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
@@ -97,14 +119,33 @@ def exit_with_server(server_pid: int, clean_up: Callable[[], None]) -> None:
     server.when_gone(leave, name="quire-watchdog")
 
 
-def _start_time(pid: int) -> int | None:
-    """Start time of a process in clock ticks, or None where it has ended.
+@dataclass(frozen=True, slots=True)
+class _Status:
+    """What the kernel says about a process."""
 
-    Fields follow the command name, which stands in brackets and may hold anything; the state comes first
-    and the start time is the 22nd field of all, as proc(5) counts.
+    ended: bool
+    """It is still there only because its parent has not collected it."""
+    start_time: int
+    wait_status: int
+    """Of one that has ended, as from wait(2)."""
+
+
+def _status(pid: int) -> _Status | None:
+    """The state of a process, or None where there is none with this id.
+
+    Fields follow the command name, which stands in brackets and may hold anything; as proc(5) counts, the
+    state is the third field of all, the start time the 22nd and the wait status the 52nd.
     """
     try:
         fields = (Path("/proc") / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    return _Status(fields[0] in (b"Z", b"X"), int(fields[19]), int(fields[49]))
+
+
+def _cause_of_death(wait_status: int) -> str:
+    code = os.waitstatus_to_exitcode(wait_status)
+    if code >= 0:
+        return f"exit status {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
