@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quire.execution.manifest import Manifest
+from quire.errors import StartupError
+from quire.execution.manifest import Manifest, PlanDetails
 from quire.execution.tensorrt.library import MAJOR_VERSION as TENSORRT_MAJOR
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, load_cupti
 
 Version = tuple[int, int]
 
@@ -64,6 +66,8 @@ class GpuMachine:
     gpus: tuple[FoundGpu, ...] = ()
     tensorrt: str | None = None
     cuda_bindings: str | None = None
+    cupti: bool = False
+    """Whether CUPTI of CUDA 13 is there."""
     torch: str | None = None
     torch_cuda: Version | None = None
     """None where torch is there: it was built without CUDA."""
@@ -74,6 +78,7 @@ def look(load: Callable[[str], Any] = ctypes.CDLL) -> GpuMachine:
     machine = GpuMachine(
         tensorrt=next(filter(None, map(_version, TENSORRT_PACKAGES)), None),
         cuda_bindings=_version("cuda-bindings"),
+        cupti=_has_cupti(load),
         torch=_version("torch"),
         torch_cuda=_cuda_of_torch(),
     )
@@ -97,6 +102,8 @@ def examine_chain(machine: GpuMachine, plan: Manifest | None = None) -> Iterator
         yield _gpu(number, gpu, plan)
     yield _tensorrt(machine, plan)
     yield _cuda_bindings(machine, wanted)
+    if plan is not None and plan.plan is not None:
+        yield _cupti(machine, plan.plan)
     if machine.torch is not None and machine.gpus:
         yield _torch(machine)
 
@@ -174,6 +181,13 @@ def _cuda_bindings(machine: GpuMachine, wanted: bool) -> Finding:
     return Finding("cuda-bindings", machine.cuda_bindings)
 
 
+def _cupti(machine: GpuMachine, plan: PlanDetails) -> Finding:
+    if machine.cupti or plan.kernel_shared_bytes <= DEFAULT_SHARED_BYTES:
+        return Finding("cupti", "there" if machine.cupti else "not there, not needed by this plan")
+    remedy = "pip install 'nvidia-cuda-cupti==13.*'; kernels of the repository's plan need it to start"
+    return Finding("cupti", "not there", remedy)
+
+
 def _torch(machine: GpuMachine) -> Finding:
     """Of interest where there is a GPU: building a plan uses it through torch."""
     subject = "torch's cuda"
@@ -227,6 +241,14 @@ def _driver_version(load: Callable[[str], Any]) -> str:
         return ""
     nvml.nvmlShutdown()
     return text.value.decode(errors="replace")
+
+
+def _has_cupti(load: Callable[[str], Any]) -> bool:
+    try:
+        load_cupti(load)
+    except StartupError:
+        return False
+    return True
 
 
 def _cuda_of_torch() -> Version | None:

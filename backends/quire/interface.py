@@ -119,10 +119,11 @@ ENGINE_OUTPUTS = (
 PLAN_INPUTS = (
     *STEP_INPUTS,
     TensorSpec("sampling", "FP32", (-1, 5)),
-    TensorSpec("step", "INT32", (2,)),
+    TensorSpec("step", "INT32", (5,)),
     TensorSpec("engine_state", "INT64", (-1,)),
 )
-"""What a TensorRT plan takes besides its pool; `step` is the step's number and a candidate for the epoch."""
+"""What a TensorRT plan takes besides its pool, padded to one of its sizes. `step` is the step's number, a
+candidate for the epoch, `engine_state.STEP_MARK`, and how many tokens and rows of logits are not padding."""
 PLAN_OUTPUTS = (
     TensorSpec("logits", "FP32", (-1, -1)),
     TensorSpec("sampled_ids", "INT32", (-1,)),

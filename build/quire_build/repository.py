@@ -140,9 +140,9 @@ def plan_config(manifest: Manifest) -> model_config_pb2.ModelConfig:
     """How Triton's TensorRT backend hosts a plan.
 
     One instance on one GPU, because the backend gives every instance input buffers of its own and the pool is
-    among them. It picks the profile whose ranges a step fits, and launches a step whose shapes are exactly
-    those of a graph_spec as a CUDA graph. A graph_spec cannot name its profile: the backend tries each under
-    every profile, and logs as errors that those which don't hold it refuse.
+    among them. It launches a step whose shapes are exactly those of a graph_spec as a CUDA graph: every step
+    is padded to one of them. A graph_spec cannot name its profile: the backend tries each under every
+    profile, and logs as errors that those which don't hold it refuse.
     """
     plan = manifest.plan
     if plan is None:
@@ -163,27 +163,26 @@ def plan_config(manifest: Manifest) -> model_config_pb2.ModelConfig:
     )
     config.optimization.eager_batching = True
     config.optimization.cuda.graphs = True
-    for size in plan.decode_sizes:
+    for size in plan.step_sizes:
         spec = config.optimization.cuda.graph_spec.add()
-        shapes = _decode_shapes(manifest, size)
+        shapes = _step_shapes(manifest, size)
         for name in manifest.inputs:
             spec.input[name].dim.extend(shapes.get(name, (1,)))
     config.parameters["engine"].string_value = EnginePlacement.HOSTED
     return config
 
 
-def _decode_shapes(manifest: Manifest, size: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a step of `size` sequences of one token; what is not named here has one element.
-
-    Block tables are as wide as the longest request's, so that their width doesn't matter.
-    """
+def _step_shapes(manifest: Manifest, size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a step that is padded to `size` tokens; what is not named here has one element."""
     limits = manifest.limits
+    num_seqs = min(size, limits.max_num_seqs)
     return {
-        **dict.fromkeys(("input_ids", "positions", "slot_mapping", "seq_lens", "logits_indices"), (size,)),
-        "block_tables": (size, -(-limits.max_model_len // manifest.block_size)),
-        "query_start_loc": (size + 1,),
-        "sampling": (size, 5),
-        "step": (2,),
+        **dict.fromkeys(("input_ids", "positions", "slot_mapping"), (size,)),
+        **dict.fromkeys(("seq_lens", "logits_indices"), (num_seqs,)),
+        "block_tables": (num_seqs, -(-limits.max_model_len // manifest.block_size)),
+        "query_start_loc": (num_seqs + 1,),
+        "sampling": (num_seqs, 5),
+        "step": (5,),
     }
 
 

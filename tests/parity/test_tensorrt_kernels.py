@@ -236,16 +236,19 @@ def test_blocks_outside_the_pool_are_read_as_the_null_block() -> None:
         torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_sequences_change_nothing() -> None:
+def test_sequences_without_tokens_and_tokens_of_no_sequence_change_nothing() -> None:
     layout = Layout(4, 2, 16, 8, layers=1)
     rng = np.random.default_rng(4)
     step = make_step(rng, layout, [1, 3], [12, 5])
     query = torch.from_numpy(rng.standard_normal((4, 4, 16)).astype(np.float32))
     alone = run_attention(query, step, layout, 0, 2, 16, 16)
     tables = torch.cat([step.block_tables, torch.zeros_like(step.block_tables)])
-    padded = Step([1, 3, 1, 1], [13, 8, 1, 1], tables, step.pool, step.state)
-    together = run_attention(torch.cat([query, query[:2]]), padded, layout, 0, 2, 16, 16)
-    assert torch.equal(alone, together[:4])
+    padded = Step([1, 3, 0, 0], [13, 8, 0, 0], tables, step.pool, step.state)
+    for more in (0, 2, 30):
+        garbage = torch.full((more, 4, 16), math.nan)
+        together = run_attention(torch.cat([query, garbage]), padded, layout, 0, 2, 16, 16)
+        assert torch.equal(alone, together[:4])
+        assert together[4:].isnan().all()
 
 
 def rope_table(head_dim: int, positions: int) -> torch.Tensor:
@@ -356,6 +359,14 @@ for arch, (operator, shapes) in cases:
         assert "cp.async.cg.shared.global" in compiled.ptx, "keys are not fetched ahead"
         assert (launch.max_registers == 128) == (operator.head_dim == 128)
     print(arch, compiled.name, compiled.threads, compiled.shared_bytes)
+try:
+    compile_kernel(
+        launch.kernel, types, launch.constants, arch=arch, num_warps=launch.num_warps,
+        num_stages=launch.num_stages, max_registers=launch.max_registers,
+        max_shared_bytes=compiled.shared_bytes - 1,
+    )
+except ValueError as error:
+    print(error)
 """
 
 
@@ -367,4 +378,8 @@ def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
         [sys.executable, "-c", PTX_SCRIPT], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
+    *compiled, refusal = done.stdout.splitlines()
+    assert len(compiled) == 7
+    _, name, _, shared_bytes = compiled[-1].split()
+    assert refusal.startswith(f"kernel {name} wants {shared_bytes} bytes of shared memory; ")
+    assert f"can give it {int(shared_bytes) - 1}" in refusal

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,22 +16,32 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
-from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, engine_state_elements
+from quire.execution.engine_state import (
+    COUNTERS_BYTE,
+    NUM_COUNTERS,
+    STEP_MARK,
+    STEP_SIZE_BYTE,
+    engine_state_elements,
+)
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import quantize_in_groups
-from quire_build.tensorrt.linear_tiles import LinearTile, tiles
+from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
+from quire_build.tensorrt.linear_tiles import LinearTile, tile_bytes, tiles
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
-    "weight_group": 0,
+    "weight_group": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "normed": {"normed": 1, "biased": 1},
     "residual": {"adds_residual": 1},
     "gated": {"normed": 1, "gated": 1, "biased": 1},
 }
+HOPPER_SHARED_BYTES = 227 * 1024
+"""What a program of a plan in process may have."""
 TILES = (
     LinearTile(splits=4, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3),
     LinearTile(splits=5, block_m=32, block_n=64, block_k=16, num_warps=4, num_stages=3),
@@ -49,8 +61,19 @@ def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> None:
-    """Run the layer on random rows; compare all outputs with torch."""
+def note(state: torch.Tensor, *, tokens: int, rows: int, mark: int = STEP_MARK) -> None:
+    """What StepBegin writes for every operator behind it."""
+    for which, count in ((TOKENS, tokens), (ROWS, rows)):
+        state[STEP_SIZE_BYTE // 8 + which.value] = mark << 32 | count
+
+
+def check(
+    layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor, computed: int | None = None
+) -> None:
+    """Run the layer on random rows; compare all outputs with torch.
+
+    Rows from `computed` on are padding that has to be left as it was; their input is garbage.
+    """
     generator = torch.Generator().manual_seed(rows)
     n, k = layer.n, layer.k
     x, weight = random(generator, rows, k), random(generator, n * (1 + layer.gated), k)
@@ -58,6 +81,8 @@ def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> No
     residual, gain = random(generator, rows, n), random(generator, n)
     bias = random(generator, n * (1 + layer.gated))
     operand, scales = weight, x
+    if computed is not None:
+        x[computed:] = math.nan
     if layer.weight_group:
         operand, scales, weight = quantized(weight, layer.weight_group)
     inputs = [x, operand, squares, residual, gain, bias, scales, state]
@@ -67,6 +92,10 @@ def check(layer: Linear, rows: int, tile: LinearTile, state: torch.Tensor) -> No
     launch = layer.launch_in(tile, shapes, PlainArithmetic())
     launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
 
+    for output in outputs[: 1 + 2 * layer.adds_residual]:
+        assert output[computed or rows :].isnan().all(), "a tile of padding was written"
+    outputs, rows = [output[:computed] for output in outputs], computed or rows
+    x, residual = x[:rows], residual[:rows]
     expected = x @ weight.T
     if layer.normed:
         expected *= torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.epsilon)
@@ -90,9 +119,62 @@ def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, weig
     """In the same state one after another, so that a counter left behind by one would spoil the next."""
     layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | {"weight_group": weight_group}))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    for tile in (*TILES, *tiles(layer.n, layer.k, bool(layer.gated), weight_group)):
+    own = [
+        tile
+        for shared_bytes in (DEFAULT_SHARED_BYTES, HOPPER_SHARED_BYTES)
+        for tile in tiles(layer.n, layer.k, bool(layer.gated), weight_group, shared_bytes)
+    ]
+    for tile in dict.fromkeys((*TILES, *own)):
         check(layer, rows, tile, state)
         assert not state.any(), f"{tile} left a counter behind"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.splits}x{tile.block_m}")
+def test_tiles_of_padding_are_left_alone(kind: str, tile: LinearTile) -> None:
+    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind]))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    for used, row_tiles in ((0, 1), (1, 1), (tile.block_m, 1), (tile.block_m + 1, 2)):
+        note(state, tokens=used, rows=1000)
+        check(layer, 2 * tile.block_m + 3, tile, state, row_tiles * tile.block_m)
+        assert not state.view(torch.int32)[COUNTERS_BYTE // 4 :].any(), "a counter was left behind"
+
+
+def test_tiles_of_padding_are_left_alone_among_many() -> None:
+    """So many that they go through the columns in groups, the last of which is cut."""
+    layer = Linear(k=64, n=64, **PLAIN)
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    for used in (16, 130, 17 * 16):
+        note(state, tokens=used, rows=0)
+        check(layer, 290, TILES[0], state, -(-used // 16) * 16)
+
+
+def test_the_rows_of_logits_are_not_the_tokens() -> None:
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    for wide_output, computed in ((0, 48), (1, 16)):
+        layer = Linear(k=64, n=64, **(PLAIN | {"wide_output": wide_output}))
+        note(state, tokens=40, rows=9)
+        check(layer, 70, TILES[0], state, computed)
+
+
+def test_all_rows_are_computed_where_no_step_has_said_how_many_there_are() -> None:
+    """TensorRT times kernels in memory that holds anything; a count above all rows is all as well."""
+    layer = Linear(k=64, n=64, **PLAIN)
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    check(layer, 70, TILES[0], state)
+    for mark in (0, 1, -1, STEP_MARK - 1, -STEP_MARK):
+        note(state, tokens=3, rows=3, mark=mark)
+        check(layer, 70, TILES[0], state)
+    for tokens in (70, 71, 2**31 - 1):
+        note(state, tokens=tokens, rows=3)
+        check(layer, 70, TILES[0], state)
+
+
+def test_a_count_below_zero_is_none() -> None:
+    layer = Linear(k=64, n=64, **PLAIN)
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    note(state, tokens=2**32 - 5, rows=3)
+    check(layer, 70, TILES[0], state, 16)
 
 
 def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
@@ -132,13 +214,45 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
         torch.testing.assert_close(outputs[0].float(), expected, atol=1e-3, rtol=2**-11)
 
 
-@pytest.mark.parametrize("weight_group", [0, 64], ids=["", "int8"])
-@pytest.mark.parametrize(
+LAYERS = pytest.mark.parametrize(
     ("n", "k", "gated"),
     [(6144, 4096, 0), (4096, 4096, 0), (14336, 4096, 1), (4096, 14336, 0), (128256, 4096, 0), (96, 64, 1)],
 )
-def test_scratch_and_counters_hold_every_launch(n: int, k: int, gated: int, weight_group: int) -> None:
-    layer = Linear(k=k, n=n, **(PLAIN | {"gated": gated, "weight_group": weight_group}))
+
+
+@pytest.mark.parametrize("weight_group", [0, 64], ids=["", "int8"])
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, weight_group: int) -> None:
+    def most(shared_bytes: int) -> int:
+        wanted, rows = [], []
+        for tile in tiles(4096, 4096, gated, weight_group, shared_bytes):
+            shape = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
+            wanted.append(tile_bytes(shape, gated, weight_group))
+            rows.append(tile.block_m)
+        assert max(wanted) <= shared_bytes
+        assert rows == sorted(rows)
+        return max(wanted)
+
+    deepest = most(HOPPER_SHARED_BYTES)
+    assert deepest > DEFAULT_SHARED_BYTES
+    assert most(deepest) == deepest
+    for shared_bytes in (DEFAULT_SHARED_BYTES, deepest - 1):
+        assert most(shared_bytes) <= DEFAULT_SHARED_BYTES
+    default = tiles(4096, 4096, gated, weight_group)
+    assert default == tiles(4096, 4096, gated, weight_group, DEFAULT_SHARED_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("weight_group", "shared_bytes"),
+    list(itertools.product((0, 64), (DEFAULT_SHARED_BYTES, HOPPER_SHARED_BYTES))),
+    ids=["", "deep", "int8", "deep int8"],
+)
+@LAYERS
+def test_scratch_and_counters_hold_every_launch(
+    n: int, k: int, gated: int, weight_group: int, shared_bytes: int
+) -> None:
+    kind = {"gated": gated, "weight_group": weight_group, "shared_bytes": shared_bytes}
+    layer = Linear(k=k, n=n, **(PLAIN | kind))
     for rows in (1, 16, 17, 64, 65, 128, 1000, 8192):
         shapes = [(rows, k), (n * (1 + gated), k)]
         ((scratch,), _) = layer.outputs(shapes)[3]
@@ -168,12 +282,14 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
 
 
 PTX_SCRIPT = """
+import sys
 from dataclasses import replace
 
 from quire_build.tensorrt.kernels.compiled import compile_kernel
+from quire_build.tensorrt.linear_tiles import tile_bytes
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
-flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1, weight_group=0)
+flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1, weight_group=0, shared_bytes=48 * 1024)
 plain = Linear(gated=0, adds_residual=1, wide_output=0, **flags)
 gated = Linear(gated=1, adds_residual=0, wide_output=0, **flags)
 wide = Linear(gated=0, adds_residual=0, wide_output=1, **flags)
@@ -182,27 +298,45 @@ cases += [(90, gated, tactic) for tactic in range(gated.num_tactics)]
 for layer in (plain, gated):
     narrow = replace(layer, weight_group=64)
     cases += [(90, narrow, tactic) for tactic in range(narrow.num_tactics)]
+    for shallow in (layer, narrow):
+        # Those that are among the shallow ones have been compiled.
+        deep = replace(shallow, shared_bytes=227 * 1024)
+        cases += [(90, deep, tactic) for tactic, tile in enumerate(deep._tiles) if tile not in shallow._tiles]
 cases += [(90, wide, wide.num_tactics - 1), (80, plain, plain.num_tactics - 1), (89, gated, 1)]
-for arch, layer, tactic in cases:
-    launch = layer.launch([(64, layer.k)], PlainArithmetic(), tactic)
+for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
+    launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer._tiles[tactic]
+    assert launch.max_shared_bytes == layer.shared_bytes
     compiled = compile_kernel(
         launch.kernel,
         {name: kind.replace("model", "bf16") for name, kind in launch.types.items()},
         launch.constants, arch=arch, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        max_shared_bytes=launch.max_shared_bytes,
     )
+    print(arch, layer.n, tile, compiled.shared_bytes)
+    if arch == 90:
+        shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
+        assert compiled.shared_bytes <= tile_bytes(shape, bool(layer.gated), layer.weight_group)
     assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
     assert "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
     if arch == 90 and launch.constants["BLOCK_M"] >= 64:
         assert "wgmma" in compiled.ptx
-    print(arch, layer.n, tactic, compiled.shared_bytes)
 """
 
 
-def test_tiles_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
-    """Within the shared memory a plan has; in a process without this one's interpreter switch and cache."""
+def test_tiles_compile_for_ampere_ada_and_hopper(tmp_path: Path) -> None:
+    """Within the shared memory a plan has; in processes without this one's interpreter switch and cache.
+
+    Two of them, since there are many tiles.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", PTX_SCRIPT], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    running = []
+    for part in "01":
+        environment["TRITON_CACHE_DIR"] = str(tmp_path / part)
+        command = [sys.executable, "-c", PTX_SCRIPT, part]
+        running.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    for done, (output, _) in [(process, process.communicate()) for process in running]:
+        assert done.returncode == 0, output

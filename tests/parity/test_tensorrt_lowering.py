@@ -23,7 +23,8 @@ pytest.importorskip("triton")
 from tests.parity.test_tensorrt_operators import run
 
 from quire.errors import UnsupportedModelError
-from quire.execution.engine_state import MAX_POOLS, engine_state_elements
+from quire.execution.engine_state import MAX_POOLS, STEP_MARK, engine_state_elements
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig, RopeConfig
 from quire_build.export import GRAPH_FILE, export_onnx
@@ -86,7 +87,10 @@ def run_node(
     attributes: dict[str, Any],
 ) -> tuple[Array, ...]:
     """Run one of our operators on float32; `inputs` are the node's, and what a plan adds to them."""
-    flags = {"normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0, "weight_group": 0}
+    flags = {
+        "normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0, "weight_group": 0,
+        "shared_bytes": DEFAULT_SHARED_BYTES,
+    }  # fmt: skip
     values = flags | POOL_OF_ONE | attributes
     # The evaluator hands in numpy scalars.
     types = get_type_hints(kind)
@@ -167,8 +171,21 @@ def step() -> dict[str, Array]:
     for layer in range(2):
         inputs[f"key_cache.{layer}"], inputs[f"value_cache.{layer}"] = pool[:, layer, 0], pool[:, layer, 1]
     inputs["kv_cache"] = pool
-    inputs["step"], inputs["engine_state"] = np.array([5, 77], np.int32), new_state()
+    inputs["step"], inputs["engine_state"] = np.array([5, 77, STEP_MARK, 8, 3], np.int32), new_state()
     inputs["sampling"] = np.zeros((3, 5), np.float32)
+    return inputs
+
+
+def padded_step() -> dict[str, Array]:
+    """The same step padded to 40 tokens, 6 sequences and 6 rows; what nobody may read is garbage."""
+    inputs = step()
+    for name, length, filling in (
+        ("input_ids", 40, 0), ("positions", 40, 0), ("slot_mapping", 40, 0), ("block_tables", 6, 2**31 - 1),
+        ("query_start_loc", 7, 8), ("seq_lens", 6, 0), ("logits_indices", 6, 0), ("sampling", 6, 0),
+    ):  # fmt: skip
+        array = inputs[name]
+        inputs[name] = np.full((length, *array.shape[1:]), filling, array.dtype)
+        inputs[name][: len(array)] = array
     return inputs
 
 

@@ -25,10 +25,11 @@ from torch import Tensor
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
-from tests.parity.test_tensorrt_lowering import NUM_BLOCKS, logits, model, step
+from tests.parity.test_tensorrt_lowering import NUM_BLOCKS, Array, logits, model, padded_step, step
 from tests.parity.test_tensorrt_operators import run
 
 from quire.errors import UnsupportedModelError
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import WEIGHT_GROUP, quantize_in_groups
 from quire_build.tensorrt import operators
 from quire_build.tensorrt.builder import weight_bytes
@@ -114,14 +115,16 @@ class Network:
 
 
 @pytest.fixture
-def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the modules tensorrt and tensorrt.plugin."""
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[operators.Operator]:
+    """Stand-ins for the modules tensorrt and tensorrt.plugin; the operators that are made with them."""
+    made: list[operators.Operator] = []
 
     def plugin(name: str) -> Callable[..., Callable[[], list[Tensor]]]:
         def create(*inputs: Any, **attributes: Any) -> Callable[[], list[Tensor]]:
             operator = getattr(operators, name)(**attributes)
             assert list(attributes) == [field.name for field in dataclasses.fields(operator)]
             assert len(inputs) == len(operator.INPUTS)
+            made.append(operator)
             return lambda: run(operator, [tensor.value for tensor in inputs])
 
         return create
@@ -139,14 +142,20 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     trtp.__dict__["op"] = SimpleNamespace(quire=SimpleNamespace(**own))
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", trtp)
+    return made
 
 
-def written(model: onnx.ModelProto, weight_group: int = 0) -> Network:
-    """The stand-in with a model in it, computed."""
+def written(
+    model: onnx.ModelProto,
+    weight_group: int = 0,
+    inputs: dict[str, Array] | None = None,
+    shared_bytes: int = DEFAULT_SHARED_BYTES,
+) -> Network:
+    """The stand-in with a model in it, computed on `inputs`, or those of `step`."""
     weights = {w.name: torch.tensor(numpy_helper.to_array(w)) for w in model.graph.initializer}
     lowered = copy.deepcopy(model)
     lower(lowered)
-    given = {name: torch.from_numpy(array) for name, array in step().items()}
+    given = {name: torch.from_numpy(array) for name, array in (inputs or step()).items()}
     given["kv_cache.0"] = given.pop("kv_cache")
     network = Network(given)
     pool = PoolLayout(max_blocks=NUM_BLOCKS, num_pools=1, blocks_per_pool=NUM_BLOCKS)
@@ -156,6 +165,7 @@ def written(model: onnx.ModelProto, weight_group: int = 0) -> Network:
         weights.__getitem__,
         dtype=torch.float32,
         weight_group=weight_group,
+        shared_bytes=shared_bytes,
         pool=pool,
         max_num_seqs=8,
     )
@@ -174,6 +184,29 @@ def test_network_computes_the_models_logits(model: onnx.ModelProto) -> None:
     assert network.marked["sampled_ids"].tolist() == expected.argmax(-1).tolist()
     assert network.marked["pool_info"].tolist() == [NUM_BLOCKS, 77]
     assert "PagedAttend:" in "".join(network.layer_names)
+
+
+@pytest.mark.parametrize("weight_group", [0, WEIGHT_GROUP], ids=["", "int8"])
+@pytest.mark.usefixtures("tensorrt")
+def test_padding_changes_no_logits_and_samples_nothing(model: onnx.ModelProto, weight_group: int) -> None:
+    """What the operators leave out stays as `run` has made it: not a number, and -7."""
+    alone, padded = written(model, weight_group), written(model, weight_group, padded_step())
+    assert padded.marked["logits"].shape == (6, 48)
+    np.testing.assert_allclose(
+        padded.marked["logits"][:3].numpy(), alone.marked["logits"].numpy(), atol=2e-4, rtol=2e-4
+    )
+    assert padded.marked["sampled_ids"].tolist() == [*alone.marked["sampled_ids"].tolist(), -7, -7, -7]
+    assert padded.marked["pool_info"].tolist() == [NUM_BLOCKS, 77]
+
+
+@pytest.mark.parametrize("shared_bytes", [DEFAULT_SHARED_BYTES, 227 * 1024])
+def test_linear_layers_know_how_much_shared_memory_there_is_and_which_of_them_makes_logits(
+    model: onnx.ModelProto, tensorrt: list[operators.Operator], shared_bytes: int
+) -> None:
+    written(model, shared_bytes=shared_bytes)
+    layers = [operator for operator in tensorrt if isinstance(operator, operators.Linear)]
+    assert {layer.shared_bytes for layer in layers} == {shared_bytes}
+    assert [layer.wide_output for layer in layers] == [0] * (len(layers) - 1) + [1]
 
 
 @pytest.mark.usefixtures("tensorrt")

@@ -22,6 +22,8 @@ from quire.execution.engine_state import (
     POOL_HEADER_BYTES,
     POOL_OFFSETS_BYTE,
     SAMPLED_IDS_BYTE,
+    STEP_MARK,
+    STEP_SIZE_BYTE,
     engine_state_elements,
 )
 from quire_build.paged_attention import paged_attention_in_place
@@ -112,13 +114,23 @@ class CutPool:
         """What StepBegin does for the pool."""
         parts = [*self.parts, *self.parts[:1] * (MAX_POOLS - len(self.parts))]
         operator = StepBegin(100, self.num_pools, 4, max_blocks, MAX_NUM_SEQS)
-        run(operator, [integers([1]), integers([1, 1]), state, *(part.view(torch.int64) for part in parts)])
+        step = integers([1, 1, STEP_MARK, 1, 1])
+        run(operator, [integers([1]), step, state, *(part.view(torch.int64) for part in parts)])
 
 
 def write_and_attend(
-    model: Model, pool: CutPool, query_lens: list[int], seq_lens: list[int], layer: int, seed: int
+    model: Model,
+    pool: CutPool,
+    query_lens: list[int],
+    seq_lens: list[int],
+    layer: int,
+    seed: int,
+    padding: tuple[int, int] = (0, 0),
 ) -> None:
-    """One layer of a step over random tables, both operators, against the specification."""
+    """One layer of a step over random tables, both operators, against the specification.
+
+    `padding` is so many tokens of no sequence, and sequences without tokens, behind the step's.
+    """
     rng = np.random.default_rng(seed)
     state = new_state(pool.num_blocks)
     pool.begin(state, pool.num_blocks)
@@ -159,13 +171,22 @@ def write_and_attend(
 
     before = pool.buffer.clone()
     table = torch.cat([cosine, sine], dim=1)
+    tokens, (more_tokens, more_seqs) = len(positions), padding
+    qkv = torch.cat([qkv, torch.full((more_tokens, qkv.shape[1]), math.nan)])
+    positions = torch.cat([positions, integers([0] * more_tokens)])
+    slots = torch.cat([slots, integers([0] * more_tokens)])
+    # Nobody fills the tables of padding in.
+    tables = torch.cat([tables, torch.full((more_seqs, tables.shape[1]), 2**31 - 1, dtype=torch.int32)])
+    starts = torch.cat([starts, integers([tokens] * more_seqs)])
+    lengths = torch.cat([lengths, integers([0] * more_seqs)])
     (rotated,) = run(kv_write(model, pool, layer), [qkv, table, positions, slots, qkv, pool.parts[0], state])
-    torch.testing.assert_close(rotated.flatten(1), query, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(rotated[:tokens].flatten(1), query, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(pool.content(), expected_pool, atol=1e-6, rtol=1e-5)
-    written = len(positions) * 2 * model.kv_heads * model.head_dim
+    written = tokens * 2 * model.kv_heads * model.head_dim
     assert int((pool.buffer != before).sum()) <= written, "something besides the step's slots changed"
     attended = run(paged_attend(model, pool, layer), [rotated, tables, starts, lengths, pool.parts[0], state])
-    torch.testing.assert_close(attended[0], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attended[0][:tokens], expected, atol=1e-5, rtol=1e-4)
+    assert attended[0][tokens:].isnan().all(), "tokens of no sequence were attended"
     assert not counters(state).any(), "a counter was left behind"
 
 
@@ -200,6 +221,24 @@ def test_write_and_attend_are_rope_and_paged_attention(name: str) -> None:
     write_and_attend(model, pool, query_lens, seq_lens, model.layers - 1, len(name))
 
 
+@pytest.mark.parametrize("padding", [(0, 2), (5, 4), (90, 4)])
+@pytest.mark.parametrize("name", ["decode rows and chunks", "a pool in three parts", "a group of seven"])
+def test_padding_is_neither_written_nor_attended(name: str, padding: tuple[int, int]) -> None:
+    """Among it more sequences than the step has tokens, and whole tiles of tokens."""
+    model, num_pools, query_lens, seq_lens = STEPS[name]
+    pool = CutPool(model, 48, num_pools, len(name))
+    write_and_attend(model, pool, query_lens, seq_lens, model.layers - 1, len(name), padding)
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (3, 3), (30, 6)])
+def test_decode_rows_have_padding_behind_them(padding: tuple[int, int]) -> None:
+    """Where a sequence has one token, its tile's number is its own, and so it seems to be with padding."""
+    model = Model(2, 1, 16, 8)
+    for seq_lens in ([20], [20, 1]):
+        pool = CutPool(model, 48, 1, 5)
+        write_and_attend(model, pool, [1] * len(seq_lens), seq_lens, 1, 5, padding)
+
+
 def test_write_and_attend_over_random_steps() -> None:
     rng = np.random.default_rng(11)
     for seed in range(3):
@@ -209,7 +248,8 @@ def test_write_and_attend_over_random_steps() -> None:
         query_lens = [int(n) for n in np.where(rng.random(seqs) < 0.5, 1, rng.integers(1, 30, seqs))]
         seq_lens = [int(q + rng.integers(0, 90)) for q in query_lens]
         pool = CutPool(model, 64, int(rng.integers(1, 5)), seed)
-        write_and_attend(model, pool, query_lens, seq_lens, 0, seed)
+        padding = int(rng.integers(0, 40)), int(rng.integers(0, 9))
+        write_and_attend(model, pool, query_lens, seq_lens, 0, seed, padding)
 
 
 def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else() -> None:
@@ -265,12 +305,18 @@ def test_scratch_and_counters_hold_every_split_step() -> None:
 
 
 def begin_step(
-    state: torch.Tensor, ids: list[int], step: list[int], *, num_pools: int = 1, max_blocks: int = 50
+    state: torch.Tensor,
+    ids: list[int],
+    step: list[int],
+    *,
+    size: tuple[int, int, int] = (STEP_MARK, 1, 1),
+    num_pools: int = 1,
+    max_blocks: int = 50,
 ) -> tuple[list[int], list[int], list[int]]:
     pools = [torch.zeros(100, dtype=torch.int64) for _ in range(num_pools)]
     pools += pools[:1] * (MAX_POOLS - num_pools)
     operator = StepBegin(100, num_pools, 2, max_blocks, MAX_NUM_SEQS)
-    outputs = run(operator, [integers(ids), integers(step), state, *pools])
+    outputs = run(operator, [integers(ids), integers([*step, *size]), state, *pools])
     if num_pools > 1:
         offsets = state[POOL_OFFSETS_BYTE // 8 :][:num_pools].tolist()
         first = pools[0].data_ptr()
@@ -307,3 +353,17 @@ def test_step_begin_believes_no_pool_larger_than_the_plans() -> None:
 @pytest.mark.parametrize("num_pools", [2, 5, MAX_POOLS])
 def test_step_begin_notes_where_the_parts_of_the_pool_are(num_pools: int) -> None:
     begin_step(new_state(20), [1], [1, 1], num_pools=num_pools)
+
+
+def test_step_begin_notes_how_many_tokens_and_rows_are_no_padding() -> None:
+    state = new_state(20)
+    noted = state[STEP_SIZE_BYTE // 8 :][:2]
+    before = state.clone()
+    for mark, tokens, rows in ((STEP_MARK, 1, 0), (STEP_MARK, 8192, 256), (0, 0, 0), (STEP_MARK, 3, 2)):
+        begin_step(state, [1] * 300, [7, 1], size=(mark, tokens, rows))
+        assert (noted >> 32).tolist() == [mark] * 2
+        assert (noted & 0xFFFFFFFF).tolist() == [tokens, rows]
+    for size in ((-1, -1, -1), (STEP_MARK, -1, -(2**31)), (2**31 - 1, 2**31 - 1, 2**31 - 1)):
+        begin_step(state, [1], [7, 1], size=size)
+    noted[:], state[EPOCH_BYTE // 8] = 0, 0
+    assert torch.equal(state, before), "something else was written"

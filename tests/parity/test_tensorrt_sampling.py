@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
-from quire.execution.engine_state import SAMPLED_IDS_BYTE, engine_state_elements
+from quire.execution.engine_state import SAMPLED_IDS_BYTE, STEP_MARK, STEP_SIZE_BYTE, engine_state_elements
 from quire.execution.sampler import Sampler
 from quire_build.tensorrt.operators.launch import PlainArithmetic
 from quire_build.tensorrt.operators.sample import Sample
@@ -30,22 +30,36 @@ SMALL: dict[str, Any] = {"BLOCK": 256, "CAPACITY": 128}
 CLOSE = 1e-6
 """Share of the mass by which the reference's cumulative sums and the kernel's may differ."""
 ALMOST_ONE = 1 - 2.0**-24
+UNTOUCHED = -99
 
 
 def run(
-    logits: Floats, sampling: Floats, max_num_seqs: int = 64, splits: int | None = None, **constants: Any
+    logits: Floats,
+    sampling: Floats,
+    max_num_seqs: int = 64,
+    splits: int | None = None,
+    noted: tuple[int, int] = (0, 0),
+    **constants: Any,
 ) -> NDArray[np.int32]:
-    """Sample once; checks what a launch leaves in engine_state."""
+    """Sample once; checks what a launch leaves in engine_state.
+
+    `noted` is the mark and how many rows are no padding.
+    """
     rows, vocab_size = logits.shape
     operator = Sample(vocab_size=vocab_size, max_num_seqs=max_num_seqs)
     shapes = [logits.shape, sampling.shape, (1,)]
     launch = operator.launch(shapes, PlainArithmetic())
     state = torch.zeros(engine_state_elements(max_num_seqs), dtype=torch.int64)
     state[0] = 123
+    # So many tokens do not matter.
+    sizes = state[STEP_SIZE_BYTE // 8 :][:2]
+    sizes[0], sizes[1] = STEP_MARK << 32, noted[0] << 32 | noted[1]
     table = state.view(torch.int32)[SAMPLED_IDS_BYTE // 4 :]
     table.fill_(-7)
     ids, scratch = (
-        torch.full(shape, -99, dtype=torch.int32) for shape, element in operator.outputs(shapes) if element
+        torch.full(shape, UNTOUCHED, dtype=torch.int32)
+        for shape, element in operator.outputs(shapes)
+        if element
     )
     (chosen_splits,) = launch.integers if splits is None else (splits,)
     assert launch.grid == (*launch.integers, rows)
@@ -53,10 +67,14 @@ def run(
         torch.from_numpy(logits), torch.from_numpy(sampling), state, chosen_splits, ids, scratch,
         **{**launch.constants, **constants},
     )  # fmt: skip
-    kept = min(rows, max_num_seqs)
+    used = min(noted[1], rows) if noted[0] == STEP_MARK else rows
+    assert (ids[used:] == UNTOUCHED).all() and (scratch[used:] == UNTOUCHED).all()
+    kept = min(used, max_num_seqs)
     assert torch.equal(table[:kept], ids[:kept])
     assert (table[kept:] == -7).all()
     assert state[0] == 123
+    assert sizes.tolist() == [STEP_MARK << 32, noted[0] << 32 | noted[1]]
+    sizes[:] = 0
     assert not state.view(torch.int32)[2 : SAMPLED_IDS_BYTE // 4].any(), "a counter was left behind"
     return ids.numpy()
 
@@ -195,6 +213,26 @@ def test_a_row_depends_on_itself_alone() -> None:
         assert run(logits[one], sampling[one], **SMALL)[0] == together[row]
     for splits in (1, 3):
         np.testing.assert_array_equal(run(logits, sampling, splits=splits, **SMALL), together)
+
+
+@pytest.mark.parametrize("used", [0, 1, 4, 6, 100])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_of_padding_are_left_alone(used: int, splits: int) -> None:
+    """Whatever they hold; `run` checks that nothing of theirs is written."""
+    rng = np.random.default_rng(13)
+    logits = rows_of(rng, 6, 1000, 1.0)
+    logits[used:] = np.nan
+    sampling = np.tile(np.array([1.0, 0, 0.99, 0, 0.3], dtype=np.float32), (6, 1))
+    got = run(logits, sampling, splits=splits, noted=(STEP_MARK, used), **SMALL)
+    alone = run(logits[:used], sampling[:used], splits=splits, **SMALL) if used else got[:0]
+    np.testing.assert_array_equal(got[:used], alone)
+
+
+@pytest.mark.parametrize("mark", [0, STEP_MARK - 1, STEP_MARK + 1, -1])
+def test_without_the_mark_no_row_is_padding(mark: int) -> None:
+    logits = rows_of(np.random.default_rng(14), 6, 300, 1.0)
+    got = run(logits, np.zeros((6, 5), dtype=np.float32), noted=(mark, 2), BLOCK=128)
+    np.testing.assert_array_equal(got, logits.argmax(axis=1))
 
 
 def test_the_table_takes_no_more_rows_than_it_has() -> None:

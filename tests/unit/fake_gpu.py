@@ -2,14 +2,18 @@
 
 The plan's model is a hash. It keeps the tokens in the KV pool and samples from a hash of all tokens of a
 sequence, as `next_token` computes it from a list; a step that reads a wrong slot gives another token.
+
+Its kernels want more shared memory than every program has, and a context that sees other shapes than at
+first, or padding that is not what `quire.execution.padding` says, is an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +21,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.errors import StartupError
 from quire.execution.engine_state import (
     EPOCH_BYTE,
     NUM_BLOCKS_BYTE,
     POOL_HEADER_BYTES,
     SAMPLED_IDS_BYTE,
+    STEP_MARK,
 )
 from quire.execution.manifest import (
     MANIFEST_VERSION,
@@ -32,6 +38,7 @@ from quire.execution.manifest import (
     PlanDetails,
 )
 from quire.execution.tensorrt.device import ALIGNMENT, DeviceError, DeviceMemory, DeviceProperties
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 
 VOCAB_SIZE, BLOCK_SIZE = 97, 4
 LIMITS = EngineLimits(max_num_seqs=12, max_num_batched_tokens=200, max_model_len=40)
@@ -41,7 +48,8 @@ DETAILS = PlanDetails(
     num_pools=1,
     blocks_per_pool=1 << 22,
     profiles=((1, 4), (5, 16), (17, 200)),
-    decode_sizes=(1, 2, 4, 8, 12),
+    step_sizes=(1, 2, 4, 8, 12, 16, 32, 64, 200),
+    kernel_shared_bytes=227 * 1024,
     gpu_architecture=90,
     gpu_name="Fake H100",
 )
@@ -62,6 +70,8 @@ MANIFEST = Manifest(
     plan=DETAILS,
 )
 GREEDY = (0.0, 0.0, 1.0, 0.0, 0.0)
+NOBODYS = -77
+"""A token that rows of padding are left with."""
 
 
 def next_token(token_ids: Sequence[int], uniform: float = 0.0) -> int:
@@ -99,12 +109,22 @@ class FakeDevice:
         self.graphs: list[FakeGraph] = []
         self.launched: list[FakeGraph] = []
         self.copied_out: list[int] = []
+        self.allowed: list[int] = []
+        """What `allow_shared_memory` was asked for."""
+        self.shared_bytes = DEFAULT_SHARED_BYTES
+        """What kernels that are queued now may have."""
         self.held = False
         self.error = ""
+        self.launch_error = ""
+        self.allowing_error = ""
         self.closed = False
         self._next_address = 1 << 20
         self._queue: deque[Callable[[], None]] = deque()
         self._capturing: list[Callable[[], None]] | None = None
+
+    @property
+    def capturing(self) -> bool:
+        return self._capturing is not None
 
     def queue(self, work: Callable[[], None]) -> None:
         self._refuse_if_broken()
@@ -199,6 +219,18 @@ class FakeDevice:
         self._refuse_if_broken()
         self.run()
 
+    @contextlib.contextmanager
+    def allow_shared_memory(self, most_bytes: int) -> Iterator[None]:
+        if self.allowing_error:
+            raise StartupError(self.allowing_error)
+        assert self.shared_bytes == DEFAULT_SHARED_BYTES, "it is allowed already"
+        self.allowed.append(most_bytes)
+        self.shared_bytes = max(most_bytes, DEFAULT_SHARED_BYTES)
+        try:
+            yield
+        finally:
+            self.shared_bytes = DEFAULT_SHARED_BYTES
+
     def capture(self, enqueue: Callable[[], None]) -> FakeGraph:
         assert not self._queue, "TensorRT wants the stream idle"
         self._capturing = []
@@ -210,6 +242,8 @@ class FakeDevice:
 
     def launch(self, graph: FakeGraph) -> None:
         assert graph in self.graphs
+        if self.launch_error:
+            raise DeviceError(self.launch_error)
         self.launched.append(graph)
         for work in graph.work:
             self.queue(work)
@@ -232,13 +266,15 @@ class FakeDevice:
 
 @dataclass
 class Run:
-    """A step that the plan has computed."""
+    """A step that the plan has computed: its profile, the shapes, and what of them is no padding."""
 
     profile: int
-    num_tokens: int
+    size: int
     num_seqs: int
     num_rows: int
     num_table_columns: int
+    tokens: int
+    rows: int
 
 
 class FakePlan:
@@ -251,15 +287,15 @@ class FakePlan:
         self.details = msgspec.structs.replace(DETAILS, **details)
         self.manifest = msgspec.structs.replace(MANIFEST, plan=self.details)
         self.runs: list[Run] = []
-        self.refused = False
-        """Whether TensorRT refuses to queue steps."""
+        self.contexts: list[FakeContext] = []
         self.step_added = 0
         """What the number of a step comes back with too much."""
         self.closed = False
 
     def context(self, profile: int, scratch: int) -> FakeContext:
         self.device.at(scratch, self.scratch_bytes)
-        return FakeContext(self, profile)
+        self.contexts.append(FakeContext(self, profile))
+        return self.contexts[-1]
 
     def close(self) -> None:
         self.closed = True
@@ -271,6 +307,8 @@ class FakeContext:
     profile: int
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
+    loaded_for: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shapes that it has run with."""
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         self.shapes[name] = shape
@@ -280,8 +318,11 @@ class FakeContext:
         self.addresses[name] = address
 
     def enqueue(self) -> None:
-        if self.plan.refused:
-            raise DeviceError("TensorRT cannot run a step: it does not want to")
+        device = self.plan.device
+        assert device.shared_bytes >= self.plan.details.kernel_shared_bytes, "too little shared memory"
+        assert self.loaded_for or not device.capturing, "TensorRT wants to run a step before its capture"
+        self.loaded_for = self.loaded_for or dict(self.shapes)
+        assert self.shapes == self.loaded_for, "for other shapes TensorRT loads its kernels anew"
         bound = _Bound(self.plan, self.profile, dict(self.shapes), dict(self.addresses))
         bound.check()
         self.plan.device.queue(bound.run)
@@ -309,7 +350,7 @@ class _Bound:
         assert shapes["query_start_loc"] == (num_seqs + 1,)
         assert shapes["block_tables"][0] == num_seqs
         assert shapes["sampling"] == (num_rows, 5)
-        assert shapes["step"] == (2,)
+        assert shapes["step"] == (5,)
         shapes["logits"], shapes["sampled_ids"] = (num_rows, VOCAB_SIZE), (num_rows,)
         shapes["pool_info"], shapes["step_done"] = (2,), (1,)
         assert set(shapes) == set(self.addresses)
@@ -321,40 +362,41 @@ class _Bound:
 
     def run(self) -> None:
         tensor = {name: self._tensor(name) for name in self.shapes}
-        (num_tokens,), (num_rows,) = self.shapes["input_ids"], self.shapes["logits_indices"]
+        (size,), (num_rows,) = self.shapes["input_ids"], self.shapes["logits_indices"]
         num_seqs, columns = self.shapes["block_tables"]
-        self.plan.runs.append(Run(self.profile, num_tokens, num_seqs, num_rows, columns))
+        step, candidate, mark, tokens, rows = tensor["step"].tolist()
+        self.plan.runs.append(Run(self.profile, size, num_seqs, num_rows, columns, tokens, rows))
+        assert mark == STEP_MARK
+        _check_padding(tensor, tokens, rows)
         state = tensor["engine_state"].view(np.uint8)
         num_blocks = int(state[NUM_BLOCKS_BYTE:][:8].view(np.int64)[0])
         epoch = state[EPOCH_BYTE:][:4].view(np.int32)
-        step, candidate = tensor["step"].tolist()
         if not epoch[0]:
             epoch[0] = candidate
         sampled_before = state[SAMPLED_IDS_BYTE:].view(np.int32)
 
-        ids = tensor["input_ids"].copy()
+        ids = tensor["input_ids"][:tokens].copy()
         ids[ids < 0] = sampled_before[-1 - ids[ids < 0]]
-        for token, slot in zip(ids.tolist(), tensor["slot_mapping"].tolist(), strict=True):
+        for token, slot in zip(ids.tolist(), tensor["slot_mapping"][:tokens].tolist(), strict=True):
             if slot >= BLOCK_SIZE:
                 self._slot(slot // BLOCK_SIZE, slot % BLOCK_SIZE, num_blocks)[0] = token
         starts = tensor["query_start_loc"].tolist()
-        assert starts[0] == 0
-        assert starts[-1] == num_tokens
-        assert all(start < end for start, end in itertools.pairwise(starts))
-        for row, index in enumerate(tensor["logits_indices"].tolist()):
+        tensor["logits"].fill(math.nan)
+        tensor["sampled_ids"].fill(NOBODYS)
+        for row, index in enumerate(tensor["logits_indices"][:rows].tolist()):
             sequence = next(s for s in range(num_seqs) if starts[s] <= index < starts[s + 1])
             table = tensor["block_tables"][sequence].tolist()
             position = int(tensor["positions"][index])
             assert position == tensor["seq_lens"][sequence] - (starts[sequence + 1] - index)
-            tokens = [
+            known = [
                 int(self._slot(table[p // BLOCK_SIZE], p % BLOCK_SIZE, num_blocks)[0])
                 for p in range(position + 1)
             ]
             temperature, *_, uniform = tensor["sampling"][row].tolist()
-            chosen = next_token(tokens)
+            chosen = next_token(known)
             tensor["logits"][row] = -((np.arange(VOCAB_SIZE) - chosen) % VOCAB_SIZE)
-            tensor["sampled_ids"][row] = next_token(tokens, uniform if temperature else 0.0)
-        sampled_before[:num_rows] = tensor["sampled_ids"]
+            tensor["sampled_ids"][row] = next_token(known, uniform if temperature else 0.0)
+        sampled_before[:rows] = tensor["sampled_ids"][:rows]
         tensor["pool_info"][:] = num_blocks, epoch[0]
         tensor["step_done"][:] = step + self.plan.step_added
 
@@ -375,3 +417,23 @@ class _Bound:
         start = self.addresses[f"kv_cache.{pool}"] + (POOL_HEADER_BYTES if pool else 0)
         address = start + block * KV_BYTES_PER_BLOCK + 8 * offset
         return self.plan.device.at(address, 8).view(np.int64)
+
+
+def _check_padding(tensor: dict[str, NDArray[Any]], tokens: int, rows: int) -> None:
+    """Tokens of no sequence in slot 0, sequences without tokens at the end, rows that are greedy."""
+    assert 1 <= tokens <= len(tensor["input_ids"])
+    assert 0 <= rows <= len(tensor["logits_indices"])
+    for name in ("input_ids", "positions", "slot_mapping"):
+        assert not tensor[name][tokens:].any(), name
+    starts, lengths = tensor["query_start_loc"], tensor["seq_lens"]
+    assert starts[0] == 0
+    assert starts[-1] == tokens
+    counts = np.diff(starts)
+    num_seqs = int((counts > 0).sum())
+    assert (counts[:num_seqs] > 0).all(), "a sequence without tokens precedes one that has some"
+    assert not counts[num_seqs:].any()
+    assert (lengths[:num_seqs] >= counts[:num_seqs]).all()
+    assert not lengths[num_seqs:].any()
+    assert (tensor["logits_indices"] < tokens).all()
+    assert not tensor["logits_indices"][rows:].any()
+    assert not tensor["sampling"][rows:].any()

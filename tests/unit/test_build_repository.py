@@ -18,6 +18,7 @@ from quire.execution.manifest import (
     ModelDimensions,
     PlanDetails,
 )
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire.interface import EnginePlacement
 from quire.settings import ServingSettings
 from quire_build.repository import (
@@ -135,7 +136,8 @@ def plan_manifest() -> Manifest:
             num_pools=2,
             blocks_per_pool=50,
             profiles=((1, 16), (17, 64), (65, 300)),
-            decode_sizes=(1, 2, 4, 8, 12),
+            step_sizes=(1, 2, 4, 8, 12, 16, 64, 300),
+            kernel_shared_bytes=DEFAULT_SHARED_BYTES,
             gpu_architecture=90,
             gpu_name="NVIDIA H100",
         ),
@@ -164,7 +166,7 @@ def test_a_hosted_plan_is_one_instance_with_every_profile_and_its_own_tensors(tm
     assert [tensor.name for tensor in engine.output] == ["logits", "sampled_ids", "pool_info", "step_done"]
 
 
-def test_each_decode_size_is_captured_with_a_shape_for_every_input(tmp_path: Path) -> None:
+def test_each_size_of_a_step_is_captured_with_a_shape_for_every_input(tmp_path: Path) -> None:
     manifest = plan_manifest()
     assert manifest.plan is not None
     write_configs(tmp_path, 2, EnginePlacement.HOSTED, manifest)
@@ -173,7 +175,8 @@ def test_each_decode_size_is_captured_with_a_shape_for_every_input(tmp_path: Pat
     # Output buffers of their own would double the inputs, the pool among them.
     assert not engine.optimization.cuda.output_copy_stream
     ranks = {tensor.name: len(tensor.dims) for tensor in engine.input}
-    for size, spec in zip(manifest.plan.decode_sizes, engine.optimization.cuda.graph_spec, strict=True):
+    for size, spec in zip(manifest.plan.step_sizes, engine.optimization.cuda.graph_spec, strict=True):
+        seqs = min(size, 12)
         shapes = {name: list(shape.dim) for name, shape in spec.input.items()}
         assert spec.batch_size == 0 and not spec.HasField("graph_lower_bound")
         assert {name: len(shape) for name, shape in shapes.items()} == ranks
@@ -181,12 +184,12 @@ def test_each_decode_size_is_captured_with_a_shape_for_every_input(tmp_path: Pat
             "input_ids": [size],
             "positions": [size],
             "slot_mapping": [size],
-            "block_tables": [size, 7],
-            "query_start_loc": [size + 1],
-            "seq_lens": [size],
-            "logits_indices": [size],
-            "sampling": [size, 5],
-            "step": [2],
+            "block_tables": [seqs, 7],
+            "query_start_loc": [seqs + 1],
+            "seq_lens": [seqs],
+            "logits_indices": [seqs],
+            "sampling": [seqs, 5],
+            "step": [5],
             "engine_state": [1],
             "kv_cache.0": [1],
             "kv_cache.1": [1],

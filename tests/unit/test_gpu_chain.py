@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from quire import gpu_chain
@@ -29,6 +30,7 @@ WHOLE = GpuMachine(
     gpus=(H200,),
     tensorrt="11.2.1.2",
     cuda_bindings="13.0.3",
+    cupti=True,
     torch="2.11.0",
     torch_cuda=(13, 0),
 )
@@ -51,7 +53,8 @@ PLAN = Manifest(
         num_pools=1,
         blocks_per_pool=100,
         profiles=((1, 64),),
-        decode_sizes=(8,),
+        step_sizes=(8, 64),
+        kernel_shared_bytes=49152,
         gpu_architecture=90,
         gpu_name="NVIDIA H200",
     ),
@@ -71,6 +74,7 @@ def test_a_chain_that_fits_needs_nothing_with_and_without_a_plan() -> None:
         "gpu 0": "NVIDIA H200, compute capability 9.0, 144384 MiB",
         "tensorrt": "11.2.1.2",
         "cuda-bindings": "13.0.3",
+        "cupti": "there",
         "torch's cuda": "13.0",
     }
 
@@ -109,6 +113,15 @@ def test_a_plan_for_something_else_is_found(change: dict[str, Any], subject: str
     machine = replace(WHOLE, **change)
     assert remedies(machine) == {}
     assert says in remedies(machine, PLAN)[subject]
+
+
+def test_cupti_is_missed_only_where_the_plans_kernels_need_it() -> None:
+    machine = replace(WHOLE, cupti=False)
+    assert PLAN.plan is not None
+    assert remedies(machine, PLAN) == remedies(machine) == {}
+    hungry = msgspec.structs.replace(PLAN, plan=msgspec.structs.replace(PLAN.plan, kernel_shared_bytes=49153))
+    assert "pip install 'nvidia-cuda-cupti==13.*'" in remedies(machine, hungry)["cupti"]
+    assert remedies(WHOLE, hungry) == {}
 
 
 def test_an_older_driver_is_no_fault_where_nothing_needs_cuda_13() -> None:

@@ -21,6 +21,7 @@ from tests.unit.triton_stand_in import (
 )
 
 from quire.errors import EngineStepError, PeerLostError
+from quire.execution.engine_state import STEP_MARK
 from quire.execution.model_inputs import ModelInputs
 from quire_build.repository import plan_config
 
@@ -35,7 +36,7 @@ TABLE_WIDTH = 7
 class HostedPlan:
     """What Triton's backend and a plan do together: inputs are kept, ids are fed back, the epoch is stored.
 
-    The token sampled from a row is the token that the row belongs to, plus one.
+    The token sampled from a row is the token that the row belongs to, plus one. Rows of padding are garbage.
     """
 
     triton: StandIn
@@ -69,17 +70,21 @@ class HostedPlan:
             return InferenceResponse(failure=TritonError(self.failure, 0))
         if self.epoch == 0:
             self.epoch = int(arrays["step"][1])
-        ids = arrays["input_ids"]
+        _, _, mark, num_tokens, num_rows = arrays["step"].tolist()
+        assert mark == STEP_MARK
+        ids = arrays["input_ids"][:num_tokens].copy()
         marked = ids < 0
-        ids = ids.copy()
         ids[marked] = self.sampled_ids[-1 - ids[marked]]
-        rows = ids[arrays["logits_indices"]]
-        self.sampled_ids = rows + 1
-        logits = np.zeros((len(rows), VOCAB_SIZE), np.float32)
-        logits[np.arange(len(rows)), rows + 1] = 1
+        self.sampled_ids = ids[arrays["logits_indices"][:num_rows]] + 1
+        all_rows = len(arrays["logits_indices"])
+        logits = np.full((all_rows, VOCAB_SIZE), np.nan, np.float32)
+        logits[:num_rows] = 0
+        logits[np.arange(num_rows), self.sampled_ids] = 1
+        sampled_ids = np.full(all_rows, -77, np.int32)
+        sampled_ids[:num_rows] = self.sampled_ids
         outputs = {
             "logits": logits,
-            "sampled_ids": self.sampled_ids,
+            "sampled_ids": sampled_ids,
             "pool_info": np.array([arrays["engine_state"][0], self.epoch], np.int32),
             "step_done": arrays["step"][:1],
         }
@@ -147,35 +152,74 @@ def test_a_call_has_the_manifests_inputs_with_the_types_that_triton_was_told(
         assert sent["kv_cache.0"].tolist() == sent["kv_cache.1"].tolist() == [0]
 
 
-@pytest.mark.parametrize(("num_seqs", "size"), [(1, 1), (3, 4), (5, 8), (9, 12), (12, 12)])
-def test_a_decode_step_has_the_shapes_of_a_captured_graph(
-    served: tuple[HostedPlan, Any], num_seqs: int, size: int
+def mixed(number: int, query_lens: list[int]) -> ModelInputs:
+    """A step of so many tokens for each sequence, the last of which sample."""
+    starts = np.array([0, *np.cumsum(query_lens)], np.int32)
+    tokens, size = int(starts[-1]), len(query_lens)
+    return ModelInputs(
+        step=number,
+        input_ids=np.arange(10, 10 + tokens, dtype=np.int32),
+        positions=np.arange(1, 1 + tokens, dtype=np.int32),
+        slot_mapping=np.arange(tokens, dtype=np.int32) + 36,
+        block_tables=np.full((size, 2), 5, np.int32),
+        query_start_loc=starts,
+        seq_lens=np.array(query_lens, np.int32) + 4,
+        logits_indices=starts[1:] - 1,
+        sampling=np.full((size, 5), 0.5, np.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "size"),
+    [
+        ([1], 1),
+        ([1] * 3, 4),
+        ([1] * 9, 12),
+        ([1] * 12, 12),
+        ([13], 16),
+        ([1, 1, 7], 12),
+        ([1, 50, 2], 64),
+        ([60, 5], 300),
+        ([300], 300),
+    ],
+    ids=str,
+)
+def test_every_step_has_the_shapes_of_a_captured_graph(
+    served: tuple[HostedPlan, Any], query_lens: list[int], size: int
 ) -> None:
     plan, executor = served
-    inputs = decode(7, list(range(10, 10 + num_seqs)))
+    inputs = mixed(7, query_lens)
     output = executor.submit(inputs).result(PATIENCE_S)
-    np.testing.assert_array_equal(output.sampled_ids, np.arange(11, 11 + num_seqs))
+    np.testing.assert_array_equal(output.sampled_ids, inputs.input_ids[inputs.logits_indices] + 1)
     assert output.logits is None
     [sent] = plan.calls
     specs = plan_config(MANIFEST).optimization.cuda.graph_spec
     graphs = [{name: tuple(shape.dim) for name, shape in spec.input.items()} for spec in specs]
     shapes = {name: array.shape for name, array in sent.items()}
     assert shapes in graphs and shapes["input_ids"] == (size,)
-    np.testing.assert_array_equal(sent["block_tables"][:num_seqs, :2], 5)
-    assert not sent["block_tables"][num_seqs:].any() and not sent["block_tables"][:, 2:].any()
-    np.testing.assert_array_equal(sent["sampling"][:num_seqs], 0.5)
-    assert not sent["sampling"][num_seqs:].any()
-    np.testing.assert_array_equal(sent["query_start_loc"], np.arange(size + 1))
-    np.testing.assert_array_equal(sent["seq_lens"][num_seqs:], 1)
-    np.testing.assert_array_equal(sent["slot_mapping"][num_seqs:], 0)
+    seqs, tokens = len(query_lens), sum(query_lens)
+    assert sent["step"][2:].tolist() == [STEP_MARK, tokens, seqs]
+    np.testing.assert_array_equal(sent["input_ids"][:tokens], inputs.input_ids)
+    np.testing.assert_array_equal(sent["block_tables"][:seqs, :2], 5)
+    assert not sent["block_tables"][seqs:].any() and not sent["block_tables"][:, 2:].any()
+    np.testing.assert_array_equal(sent["sampling"][:seqs], 0.5)
+    assert not sent["sampling"][seqs:].any()
+    np.testing.assert_array_equal(sent["query_start_loc"][: seqs + 1], inputs.query_start_loc)
+    np.testing.assert_array_equal(sent["query_start_loc"][seqs + 1 :], tokens)
+    np.testing.assert_array_equal(sent["seq_lens"][seqs:], 0)
+    for name in ("input_ids", "positions", "slot_mapping"):
+        np.testing.assert_array_equal(sent[name][tokens:], 0)
 
 
-def test_a_step_that_samples_nothing_still_has_a_row_of_logits(served: tuple[HostedPlan, Any]) -> None:
+def test_a_step_that_samples_nothing_says_that_all_its_rows_are_padding(
+    served: tuple[HostedPlan, Any],
+) -> None:
     plan, executor = served
     output = executor.submit(prefill(7, 20, samples=False)).result(PATIENCE_S)
     assert output.sampled_ids.shape == (0,)
-    assert plan.calls[0]["logits_indices"].shape == (1,)
-    assert plan.calls[0]["sampling"].shape == (1, 5)
+    [sent] = plan.calls
+    assert sent["step"].tolist()[3:] == [20, 0]
+    assert not sent["logits_indices"].any() and not sent["sampling"].any()
 
 
 @pytest.mark.parametrize("inputs", [decode(7, [5, 6, 8]), prefill(7, 20, samples=True)])
@@ -250,7 +294,9 @@ def test_asking_for_the_pool_waits_for_the_call_of_a_step_that_was_given_up(
 def test_an_answer_to_another_step_is_an_error(served: tuple[HostedPlan, Any]) -> None:
     plan, executor = served
     answer = plan.triton.answer
-    plan.triton.answer = lambda model, arrays: answer(model, {**arrays, "step": arrays["step"] - 1})
+    plan.triton.answer = lambda model, arrays: answer(
+        model, {**arrays, "step": arrays["step"] - np.array([1, 0, 0, 0, 0], np.int32)}
+    )
     with pytest.raises(EngineStepError, match="answered step 6 in place of step 7"):
         executor.submit(decode(7, [10])).result(PATIENCE_S)
 

@@ -406,10 +406,10 @@ def gpu() -> fake_gpu.FakeDevice:
     return fake_gpu.FakeDevice()
 
 
-def executor_on(gpu: fake_gpu.FakeDevice, plan: fake_gpu.FakePlan | None = None) -> TensorRTExecutor:
+def executor_on(gpu: fake_gpu.FakeDevice) -> TensorRTExecutor:
     limits = EngineLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=MAX_MODEL_LEN)
     kv_cache_bytes = NUM_BLOCKS * fake_gpu.KV_BYTES_PER_BLOCK
-    engine = TensorRTEngine(plan or fake_gpu.FakePlan(gpu), gpu, limits, kv_cache_bytes=kv_cache_bytes)
+    engine = TensorRTEngine(fake_gpu.FakePlan(gpu), gpu, limits, kv_cache_bytes=kv_cache_bytes)
     return TensorRTExecutor(engine)
 
 
@@ -439,15 +439,14 @@ def test_a_gpu_that_does_not_come_back_after_the_step_timeout_ends_the_server(
     bench.assert_all_is_over(f"the engine has been lost for 0 s: {silence}")
 
 
-def test_steps_that_tensorrt_refuses_do_not_end_the_server(
+def test_steps_that_cannot_be_launched_do_not_end_the_server(
     start_loop: StartLoop, gpu: fake_gpu.FakeDevice
 ) -> None:
-    plan = fake_gpu.FakePlan(gpu)
-    bench = start_loop(executor=executor_on(gpu, plan))
-    plan.refused = True
+    bench = start_loop(executor=executor_on(gpu))
+    gpu.launch_error = "cudaGraphLaunch failed with cudaErrorInvalidValue"
     bench.channel.arrive((ALICE, submit("a", [1] * 6)))
     assert "failed 3 steps in a row: step 3 cannot be run" in bench.channel.next_refusal().message
-    plan.refused = False
+    gpu.launch_error = ""
     bench.channel.arrive((ALICE, submit("b", [1] * 6, max_tokens=1)))
     assert bench.tokens_of(ALICE, "b") == [fake_gpu.next_token([1] * 6)]
     assert bench.end.empty()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tests.unit.fake_gpu import (
     BLOCK_SIZE,
+    DETAILS,
     GREEDY,
     KV_BYTES_PER_BLOCK,
     LIMITS,
@@ -30,11 +31,13 @@ from quire.execution.model_inputs import ModelInputs
 from quire.execution.sampler import Sampler
 from quire.execution.tensorrt.engine import GRAPH_MARGIN_BYTES, TensorRTEngine
 from quire.execution.tensorrt.executor import TensorRTExecutor
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire.scheduling.request import Request
 from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 
 NUM_BLOCKS = 200
+TABLE_WIDTH = LIMITS.max_model_len // BLOCK_SIZE
 TIMEOUT_S = 5.0
 
 
@@ -143,38 +146,56 @@ def prompts(*lengths: int) -> Sequences:
     return Sequences([rng.integers(0, VOCAB_SIZE, n).tolist() for n in lengths], [0] * len(lengths))
 
 
-# Shapes
+# Sizes
 
 
-@pytest.mark.parametrize(("num_seqs", "size"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 12), (12, 12)])
-def test_a_decode_step_is_a_graph_of_the_next_size_and_padding_changes_no_token(
-    server: Server, num_seqs: int, size: int
+def run_of(profile: int, size: int, *, tokens: int, rows: int) -> Run:
+    """A step of one of the plan's sizes, with as many sequences and rows as that can have."""
+    seqs = min(size, LIMITS.max_num_seqs)
+    return Run(profile, size, seqs, seqs, TABLE_WIDTH, tokens, rows)
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "profile", "size"),
+    [(1, 0, 1), (2, 0, 2), (3, 0, 4), (5, 1, 8), (8, 1, 8), (9, 1, 12), (12, 1, 12)],
+)
+def test_a_decode_step_takes_the_next_size_and_padding_changes_no_token(
+    server: Server, num_seqs: int, profile: int, size: int
 ) -> None:
     sequences = prompts(*range(1, num_seqs + 1))
     members = list(range(num_seqs))
     for member in members:
         assert server.run(sequences.step([member])) == sequences.expected([member])
     server.plan.runs.clear()
-    launched = len(server.device.launched)
     for _ in range(6):
         sequences.append(members)
         assert server.run(sequences.step(members)) == sequences.expected(members)
-    assert {(run.num_tokens, run.num_seqs, run.num_rows) for run in server.plan.runs} == {(size, size, size)}
-    assert len(server.device.launched) == launched + 6
+    assert server.plan.runs == [run_of(profile, size, tokens=num_seqs, rows=num_seqs)] * 6
 
 
-@pytest.mark.parametrize(("length", "profile"), [(2, 0), (4, 0), (5, 1), (16, 1), (17, 2), (40, 2)])
-def test_a_prompt_runs_in_the_profile_that_holds_it(server: Server, length: int, profile: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "profile", "size"),
+    [(2, 0, 2), (3, 0, 4), (4, 0, 4), (5, 1, 8), (13, 1, 16), (16, 1, 16), (17, 2, 32), (40, 2, 64)],
+)
+def test_a_prompt_takes_the_next_size_in_the_profile_that_holds_it(
+    server: Server, length: int, profile: int, size: int
+) -> None:
     sequences = prompts(length)
     assert server.run(sequences.step([0])) == sequences.expected([0])
-    assert server.plan.runs == [Run(profile, length, 1, 1, -(-length // BLOCK_SIZE))]
-    assert not server.device.launched
+    assert server.plan.runs == [run_of(profile, size, tokens=length, rows=1)]
 
 
 def test_a_step_of_many_tokens_keeps_its_tensors_apart(server: Server) -> None:
     sequences = prompts(40, 39, 38, 37)
     assert server.run(sequences.step([0, 1, 2, 3])) == sequences.expected([0, 1, 2, 3])
-    assert server.plan.runs == [Run(2, 154, 4, 4, 10)]
+    assert server.plan.runs == [run_of(2, 200, tokens=154, rows=4)]
+
+
+def test_the_largest_step_that_the_limits_allow_needs_no_padding(server: Server) -> None:
+    sequences = prompts(*[17] * 8, *[16] * 4)
+    members = list(range(12))
+    assert server.run(sequences.step(members)) == sequences.expected(members)
+    assert server.plan.runs == [run_of(2, 200, tokens=200, rows=12)]
 
 
 def test_prompts_in_chunks_run_beside_decoding_sequences(server: Server) -> None:
@@ -184,13 +205,42 @@ def test_prompts_in_chunks_run_beside_decoding_sequences(server: Server) -> None
     assert server.run(sequences.step([1, 0], counts=[7, 1], rows=[0])) == sequences.expected([0])
     sequences.append([0])
     assert server.run(sequences.step([0, 1, 2], counts=[1, 13, 3])) == sequences.expected([0, 1, 2])
+    assert server.plan.runs == [
+        run_of(1, 8, tokens=6, rows=1),
+        run_of(1, 8, tokens=8, rows=1),
+        run_of(2, 32, tokens=17, rows=3),
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 6])
 def test_a_step_without_rows_of_logits_gives_none_and_fills_the_cache(server: Server, count: int) -> None:
     sequences = prompts(10)
     assert server.run(sequences.step([0], counts=[count], rows=[])) == []
+    assert server.plan.runs[-1].rows == 0
     assert server.run(sequences.step([0])) == sequences.expected([0])
+
+
+def test_nothing_of_a_larger_step_is_left_in_the_padding_of_the_next(server: Server) -> None:
+    """Of the same size, and of a smaller one whose tensors lie elsewhere in the same memory."""
+    sequences = prompts(*[1] * 12, 9, 3)
+    sampled = (1.0, 5.0, 0.5, 0.1, 0.0)
+    for members in ([*range(12)], [12], [*range(12)], [13, 0], [*range(12)], [1, 5]):
+        step = sequences.step(members, sampling=sampled)
+        assert server.run(step) == sequences.expected(members)
+        sequences.append(members)
+
+
+def test_each_size_is_one_graph_and_no_step_adds_any(server: Server) -> None:
+    graphs, contexts = list(server.device.graphs), len(server.plan.contexts)
+    assert len(graphs) == len(DETAILS.step_sizes)
+    for tokens in (1, 2, 3, 6, 11, 15, 20, 39):
+        sequences = prompts(tokens)
+        for members in ([0], [0]):
+            assert server.run(sequences.step(members)) == sequences.expected(members)
+            sequences.append(members)
+    assert server.device.graphs == graphs
+    assert len(server.plan.contexts) == contexts
+    assert {graphs.index(graph) for graph in server.device.launched} == {0, 1, 2, 3, 4, 5, 6, 7}
 
 
 def test_only_some_of_the_decoding_sequences_may_want_tokens(server: Server) -> None:
@@ -373,12 +423,12 @@ def test_a_cuda_error_that_does_not_stay_costs_one_step(server: Server) -> None:
     assert server.run(sequences.step([1])) == sequences.expected([1])
 
 
-def test_a_step_that_tensorrt_refuses_fails_alone(server: Server) -> None:
+def test_a_step_whose_graph_cannot_be_launched_fails_alone(server: Server) -> None:
     sequences = prompts(5, 6)
-    server.plan.refused = True
-    with pytest.raises(EngineStepError, match="it does not want to"):
+    server.device.launch_error = "cudaGraphLaunch failed with cudaErrorInvalidValue"
+    with pytest.raises(EngineStepError, match=r"step 1 cannot be run: cudaGraphLaunch failed"):
         server.executor.submit(sequences.step([0]))
-    server.plan.refused = False
+    server.device.launch_error = ""
     with pytest.raises(PeerLostError):
         server.executor.submit(prompts(1).step([0]))
     server.executor.pool_info(TIMEOUT_S)
@@ -459,12 +509,53 @@ def test_closing_ends_the_wait_of_another_thread(server: Server, monkeypatch: py
 # Start: limits, memory, pool
 
 
-def test_lower_limits_capture_fewer_graphs_with_narrower_tables() -> None:
-    server = serve(limits=EngineLimits(max_num_seqs=3, max_num_batched_tokens=16, max_model_len=17))
-    assert len(server.device.graphs) == 3  # 1, 2 and 4 sequences
-    sequences = prompts(1, 1, 1)
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(3, (1, 2, 4)), (4, (1, 2, 4)), (16, (1, 2, 4, 8, 12, 16)), (17, (1, 2, 4, 8, 12, 16, 32))],
+)
+def test_lower_limits_capture_fewer_sizes_with_fewer_rows_and_narrower_tables(
+    most: int, sizes: tuple[int, ...]
+) -> None:
+    """The last size may be above the limit: its padding is not more than another's."""
+    server = serve(limits=EngineLimits(max_num_seqs=3, max_num_batched_tokens=most, max_model_len=17))
+    assert len(server.device.graphs) == len(sizes)
+    sequences = prompts(1, 1, 1, most)
     assert server.run(sequences.step([0, 1, 2])) == sequences.expected([0, 1, 2])
-    assert server.plan.runs == [Run(0, 4, 4, 4, 5)]
+    assert server.run(sequences.step([3])) == sequences.expected([3])
+    first, second = server.plan.runs
+    assert first == Run(0, 4, 3, 3, 5, tokens=3, rows=3)
+    assert (second.size, second.num_rows, second.tokens) == (sizes[-1], 3, most)
+
+
+def test_more_tokens_than_all_sequences_can_have_are_captured_all_the_same() -> None:
+    limits = EngineLimits(max_num_seqs=2, max_num_batched_tokens=100, max_model_len=9)
+    server = serve(limits=limits)
+    assert len(server.device.graphs) == len(DETAILS.step_sizes)
+    sequences = prompts(9, 9)
+    assert server.run(sequences.step([0, 1])) == sequences.expected([0, 1])
+
+
+@pytest.mark.parametrize("shared_bytes", [DEFAULT_SHARED_BYTES, 227 * 1024])
+def test_the_plans_kernels_get_their_shared_memory_while_it_is_made_ready_and_only_then(
+    shared_bytes: int,
+) -> None:
+    """The fake plan refuses to run without."""
+    server = serve(kernel_shared_bytes=shared_bytes)
+    assert server.device.allowed == [shared_bytes]
+    assert server.device.shared_bytes == DEFAULT_SHARED_BYTES
+    sequences = prompts(5)
+    assert server.run(sequences.step([0])) == sequences.expected([0])
+    assert server.device.allowed == [shared_bytes]
+
+
+def test_shared_memory_that_cannot_be_had_is_refused_at_start_and_nothing_stays_allocated() -> None:
+    device = FakeDevice()
+    plan = FakePlan(device)
+    device.allowing_error = "this engine needs CUPTI of CUDA 13"
+    with pytest.raises(StartupError, match="needs CUPTI of CUDA 13"):
+        TensorRTEngine(plan, device, LIMITS)
+    assert not device.allocations
+    assert plan.closed
 
 
 @pytest.mark.parametrize("num_seqs", [1, 5])

@@ -1,7 +1,8 @@
-"""What a plan is built for: ranges of tokens, sizes of decode steps, a pool whose parts hold all blocks."""
+"""What a plan is built for: ranges of tokens, sizes of steps, a pool whose parts hold all blocks."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from quire.execution.manifest import EngineLimits
 from quire_build.tensorrt.plan import (
     LARGEST_TENSOR,
     PlanOptions,
-    decode_sizes,
     profile_ranges,
     step_shapes,
+    step_sizes,
 )
 
 LIMITS = EngineLimits(max_num_seqs=100, max_num_batched_tokens=2048, max_model_len=1000)
@@ -28,20 +29,41 @@ def options(pool_bytes: int, limits: EngineLimits = LIMITS) -> PlanOptions:
     )
 
 
-@pytest.mark.parametrize("most", [1, 16, 17, 64, 100, 256, 257, 8192])
+@pytest.mark.parametrize("most", [1, 16, 17, 64, 100, 128, 129, 256, 257, 8192])
 def test_a_step_of_any_size_fits_exactly_one_profile(most: int) -> None:
     limits = EngineLimits(max_num_seqs=1, max_num_batched_tokens=most, max_model_len=10)
     ranges = profile_ranges(limits)
     for tokens in range(1, most + 1):
         assert sum(fewest <= tokens <= largest for fewest, largest in ranges) == 1
     assert ranges[-1][1] == most
+    assert len(ranges) <= 6
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 256])
-def test_decode_steps_are_padded_to_few_sizes_up_to_the_limit(most: int) -> None:
-    sizes = decode_sizes(most)
+@pytest.mark.parametrize(
+    ("max_num_seqs", "most"),
+    [(1, 1), (1, 2), (3, 5), (8, 9), (12, 200), (100, 2048), (256, 8192), (300, 1000), (8192, 8192)],
+)
+def test_steps_are_padded_to_few_sizes_up_to_the_limits(max_num_seqs: int, most: int) -> None:
+    sizes = step_sizes(EngineLimits(max_num_seqs, most, max_model_len=10))
     assert list(sizes) == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == most
-    assert all(size % 8 == 0 for size in sizes[:-1] if size > 4)
+    assert max_num_seqs in sizes
+    # Each is a CUDA graph.
+    assert len(sizes) <= 2 * most.bit_length() + 1
+    for size, after in itertools.pairwise(sizes):
+        padding = after - (size + 1)
+        assert padding <= after // 3 or after <= 8, f"{size + 1} tokens are padded to {after}"
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 100])
+def test_every_size_lies_in_one_profile_with_all_its_shapes(max_num_seqs: int) -> None:
+    limits = EngineLimits(max_num_seqs, max_num_batched_tokens=2048, max_model_len=1000)
+    built_for = options(0, limits)
+    ranges = profile_ranges(limits)
+    for size in step_sizes(limits):
+        [tokens] = [tokens for tokens in ranges if tokens[0] <= size <= tokens[1]]
+        shapes = step_shapes(built_for, built_for.pool, tokens)
+        (fewest,), _, (largest,) = shapes["seq_lens"]
+        assert fewest <= min(size, max_num_seqs) <= largest
 
 
 @pytest.mark.parametrize("gigabytes", [1, 17, 18, 70, 130])
@@ -76,4 +98,5 @@ def test_a_profile_takes_as_many_sequences_as_its_tokens_and_the_limit_allow(
     assert shapes["block_tables"][2] == (rows, 63)
     assert shapes["query_start_loc"] == ((2,), (rows + 1,), (rows + 1,))
     assert shapes["sampling"] == ((1, 5), (rows, 5), (rows, 5))
+    assert shapes["step"] == ((5,), (5,), (5,))
     assert shapes["kv_cache.0"] == ((1,), (1,), (1,))

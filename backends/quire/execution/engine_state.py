@@ -17,6 +17,11 @@ NUM_BLOCKS_BYTE = 0
 """int64: blocks in the pool, the null block included. No plan believes more than it was built for."""
 EPOCH_BYTE = 8
 """int32: the pool's epoch, 0 until the first step has put the binder's candidate there."""
+STEP_SIZE_BYTE = 16
+"""int64 [2]: how many tokens and rows of logits the step has, its inputs being padded; written by every step,
+with STEP_MARK in the upper half. Whatever else stands there means: as many as the inputs have."""
+STEP_MARK = 0x51754972
+"""An int32 that nobody writes by chance: TensorRT times kernels on whatever its memory holds."""
 POOL_OFFSETS_BYTE = 64
 """int64 [MAX_POOLS]: where pool i starts, in elements of the KV type from pool 0; written by every step."""
 COUNTERS_BYTE = 128

@@ -16,7 +16,7 @@ import msgspec
 
 from quire.errors import ManifestError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 DIGEST_PIECE_BYTES = 32 << 20
 DIGEST_THREADS = 16
 
@@ -57,8 +57,10 @@ class PlanDetails(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Blocks in each of them but the last, which may have fewer."""
     profiles: tuple[tuple[Positive, Positive], ...]
     """Fewest and most tokens of a step for each optimization profile, ascending and disjoint."""
-    decode_sizes: tuple[Positive, ...]
-    """Numbers of sequences, ascending, that a step of one token each is padded to."""
+    step_sizes: tuple[Positive, ...]
+    """Numbers of tokens, ascending, that steps are padded to."""
+    kernel_shared_bytes: Positive
+    """Shared memory that a kernel of the plan may ask for."""
     gpu_architecture: Positive
     """Compute capability, 90 for 9.0."""
     gpu_name: str
@@ -128,7 +130,7 @@ def read_manifest(engine_dir: Path) -> Manifest:
         ) from None
     except msgspec.DecodeError as error:
         raise ManifestError(
-            f"{path} is damaged ({error}); build the engine again with `quire build`"
+            f"{path} is damaged or of another version ({error}); build the engine again with `quire build`"
         ) from None
     if manifest.version != MANIFEST_VERSION:
         raise ManifestError(

@@ -15,6 +15,8 @@ class Gpu:
     architecture: int
     """Compute capability, 90 for 9.0."""
     memory_bytes: int
+    shared_bytes: int
+    """Shared memory of one program, at most."""
 
 
 def this_gpu() -> Gpu:
@@ -28,4 +30,9 @@ def this_gpu() -> Gpu:
     if not torch.cuda.is_available():
         raise BuildError("a TensorRT engine is built on the GPU that it is for, and this machine has none")
     properties = torch.cuda.get_device_properties(0)
-    return Gpu(properties.name, 10 * properties.major + properties.minor, properties.total_memory)
+    return Gpu(
+        properties.name,
+        10 * properties.major + properties.minor,
+        properties.total_memory,
+        properties.shared_memory_per_block_optin,
+    )

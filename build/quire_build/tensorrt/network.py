@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quire.errors import UnsupportedModelError
 from quire.execution.engine_state import MAX_POOLS
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import quantize_in_groups
 from quire_build.tensorrt.lowering.attention import POOL
 from quire_build.tensorrt.lowering.graph import attribute
@@ -58,6 +59,7 @@ class NetworkWriter:
         dtype: type of weights, activations and the pool.
         weight_group: inputs of a linear layer's output channel that share a scale, its weights being int8; 0
             if they are of `dtype`.
+        shared_bytes: shared memory that a program of a linear layer may have.
         pool: how the pool will be bound.
         max_num_seqs: rows of logits in one step, at most.
     """
@@ -70,13 +72,14 @@ class NetworkWriter:
         *,
         dtype: torch.dtype,
         weight_group: int = 0,
+        shared_bytes: int = DEFAULT_SHARED_BYTES,
         pool: PoolLayout,
         max_num_seqs: int,
     ) -> None:
         import tensorrt as trt
 
         self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
-        self._dtype, self._weight_group = dtype, weight_group
+        self._dtype, self._weight_group, self._shared_bytes = dtype, weight_group, shared_bytes
         self._pool, self._max_num_seqs = pool, max_num_seqs
         self._types = {
             torch.bfloat16: trt.bfloat16,
@@ -236,6 +239,7 @@ class NetworkWriter:
             adds_residual=0,
             wide_output=0,
             weight_group=self._weight_group,
+            shared_bytes=self._shared_bytes,
         )
 
     def _add_sample(self, node: NodeProto) -> None:

@@ -20,13 +20,14 @@ from quire.errors import BuildError
 from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES, engine_state_elements
 from quire.execution.manifest import EngineLimits, PlanDetails
 from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, allow_shared_memory
 from quire_build.engine_builder import Progress
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.machine import this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 from quire_build.tensorrt.plugins import register_plugins
 
-PROFILE_ENDS = (16, 64, 256)
+PROFILE_ENDS = (16, 64, 128, 256, 1024)
 """Tokens at which a profile ends and the next begins: kernels want other tiles beyond."""
 LARGEST_TENSOR = 2**31 - 1
 """Elements of a tensor, at most."""
@@ -60,13 +61,18 @@ class PlanOptions:
     timing_cache: Path | None = None
 
     @property
+    def hosted(self) -> bool:
+        """Whether Triton's backend runs the plan."""
+        return bool(self.pool_bytes)
+
+    @property
     def pool(self) -> PoolLayout:
         """How the pool is laid out over the plan's inputs.
 
         Raises:
             BuildError: no pool of this size can be bound.
         """
-        if not self.pool_bytes:
+        if not self.hosted:
             # Slots are int32.
             most = (2**31 - 1) // self.block_size
             return PoolLayout(max_blocks=most, num_pools=1, blocks_per_pool=most)
@@ -117,6 +123,8 @@ def build_plan(
     """
     trt, gpu = tensorrt_module(), this_gpu()
     pool = options.pool
+    # Nobody is there to raise the limit where Triton launches the kernels.
+    shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else gpu.shared_bytes
     progress(f"lowering the graph for {gpu.name}")
     lower(model)
     register_plugins(gpu.architecture)
@@ -129,6 +137,7 @@ def build_plan(
         weight,
         dtype=options.dtype,
         weight_group=options.weight_group,
+        shared_bytes=shared_bytes,
         pool=pool,
         max_num_seqs=options.limits.max_num_seqs,
     )
@@ -147,7 +156,8 @@ def build_plan(
             profile.set_shape(name, smallest, usual, largest)
         config.add_optimization_profile(profile)
     progress(f"building with TensorRT {trt.__version__} for {len(ranges)} ranges of tokens")
-    data = builder.build_serialized_network(network, config)
+    with allow_shared_memory(shared_bytes):
+        data = builder.build_serialized_network(network, config)
     if data is None:
         raise BuildError(f"TensorRT cannot build the plan: {logger.last_error}")
     if options.timing_cache is not None:
@@ -157,7 +167,8 @@ def build_plan(
         num_pools=pool.num_pools,
         blocks_per_pool=pool.blocks_per_pool,
         profiles=ranges,
-        decode_sizes=decode_sizes(options.limits.max_num_seqs),
+        step_sizes=step_sizes(options.limits),
+        kernel_shared_bytes=shared_bytes,
         gpu_architecture=gpu.architecture,
         gpu_name=gpu.name,
     )
@@ -172,10 +183,15 @@ def profile_ranges(limits: EngineLimits) -> tuple[tuple[int, int], ...]:
     return tuple(zip(starts, ends, strict=True))
 
 
-def decode_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """Numbers of sequences that steps of one token each are padded to: 1, 2, 4, then multiples of 8."""
-    sizes = [size for size in (1, 2, 4, *range(8, max_num_seqs, 8)) if size < max_num_seqs]
-    return (*sizes, max_num_seqs)
+def step_sizes(limits: EngineLimits) -> tuple[int, ...]:
+    """Numbers of tokens that steps are padded to.
+
+    Powers of two, one and a half times those from 8 on, and the limits themselves.
+    """
+    most = limits.max_num_batched_tokens
+    powers = [1 << exponent for exponent in range(most.bit_length())]
+    sizes = {*powers, *(power * 3 // 2 for power in powers if power >= 8), limits.max_num_seqs, most}
+    return tuple(sorted(size for size in sizes if size <= most))
 
 
 def step_shapes(
@@ -193,13 +209,13 @@ def step_shapes(
         "seq_lens": ((1,), (seqs,), (seqs,)),
         "logits_indices": ((1,), (seqs,), (seqs,)),
         "sampling": ((1, 5), (seqs, 5), (seqs, 5)),
-        "step": ((2,), (2,), (2,)),
+        "step": ((5,), (5,), (5,)),
     }
     state = engine_state_elements(limits.max_num_seqs)
     shapes["engine_state"] = ((1,), (state,), (state,))
     for number, name in enumerate(pool.input_names):
         elements = 1
-        if options.pool_bytes:
+        if options.hosted:
             blocks_here = min(pool.blocks_per_pool, pool.max_blocks - number * pool.blocks_per_pool)
             header_bytes = POOL_HEADER_BYTES if number else 0
             elements = (header_bytes + blocks_here * options.kv_bytes_per_block) // POOL_ELEMENT_BYTES

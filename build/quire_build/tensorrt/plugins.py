@@ -76,6 +76,7 @@ def _register(operator: type[Operator], arch: int) -> None:
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             max_registers=launch.max_registers,
+            max_shared_bytes=launch.max_shared_bytes,
         )
         params = trtp.KernelLaunchParams()
         for axis, extent in zip(("grid_x", "grid_y", "grid_z"), launch.grid, strict=False):

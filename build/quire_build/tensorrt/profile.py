@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import BuildError, CheckpointError
-from quire.execution.engine_state import POOL_HEADER_BYTES, engine_state_elements
+from quire.execution.engine_state import POOL_HEADER_BYTES, STEP_MARK, engine_state_elements
 from quire.execution.manifest import Manifest, PlanDetails, Precision, read_manifest
 from quire.execution.tensorrt.library import tensorrt_module
+from quire.execution.tensorrt.shared_memory import allow_shared_memory
 from quire.interface import LLM, PLAN_FILE, EnginePlacement
 from quire_build.decoder_config import DecoderConfig
 from quire_build.repository import VERSION, engine_dir
@@ -194,10 +195,9 @@ class _Plan:
                 f"TensorRT {trt.__version__} cannot load {directory / PLAN_FILE}, which is of version "
                 f"{manifest.runtime_version}; build it again with `quire build --runtime tensorrt`"
             )
-        self._context = self._engine.create_execution_context()
         self._stream = torch.cuda.Stream()
         self._layers: dict[str, float] = {}
-        self._context.profiler = self._profiler(self._layers)
+        self._profiler = self._profiler_into(self._layers)
         free_bytes, _ = torch.cuda.mem_get_info()
         # Half of it, so that steps have room for what they return.
         self._num_blocks = min(free_bytes // 2 // manifest.kv_bytes_per_block, details.max_blocks)
@@ -212,8 +212,14 @@ class _Plan:
 
     def decode_layers_ms(self, batch: int, context: int) -> dict[str, float]:
         """Time of each layer of a step of one token for each sequence."""
-        torch, context_object = self._torch, self._context
-        with torch.cuda.stream(self._stream):
+        torch = self._torch
+        # TensorRT loads a plan's kernels once more for a second set of shapes in one context, and keeps both.
+        context_object = self._engine.create_execution_context()
+        context_object.profiler = self._profiler
+        with (
+            torch.cuda.stream(self._stream),
+            allow_shared_memory(self._details.kernel_shared_bytes),
+        ):
             tensors = self._bound | self._step(batch, context)
             (profile,) = (
                 number
@@ -265,7 +271,7 @@ class _Plan:
             "query_start_loc": torch.arange(batch + 1),
             "seq_lens": torch.full((batch,), context),
             "logits_indices": torch.arange(batch),
-            "step": torch.tensor([1, 1]),
+            "step": torch.tensor([1, 1, STEP_MARK, batch, batch]),
         }
         on_gpu = {name: tensor.to("cuda", torch.int32) for name, tensor in step.items()}
         outputs = {
@@ -276,7 +282,7 @@ class _Plan:
         }
         return on_gpu | {"sampling": sampling.cuda()} | outputs
 
-    def _profiler(self, layers: dict[str, float]) -> Any:
+    def _profiler_into(self, layers: dict[str, float]) -> Any:
         class Profiler(self._trt.IProfiler):  # type: ignore[misc,name-defined]
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 layers[layer_name] = layers.get(layer_name, 0.0) + ms

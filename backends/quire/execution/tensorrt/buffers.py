@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.execution.engine_state import STEP_MARK
 from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS, ModelInputs
 from quire.execution.padding import pad_into
 from quire.execution.tensorrt.device import ALIGNMENT, Device
@@ -25,7 +26,7 @@ class StepLayout:
     def __init__(self, num_tokens: int, num_seqs: int, num_rows: int) -> None:
         self.num_tokens, self.num_seqs, self.num_rows = num_tokens, num_seqs, num_rows
         self.shapes: dict[str, tuple[int, ...]] = {
-            "step": (2,),
+            "step": (5,),
             "input_ids": (num_tokens,),
             "positions": (num_tokens,),
             "slot_mapping": (num_tokens,),
@@ -79,12 +80,12 @@ class StepBuffers:
         """Write a step, padded to the layout.
 
         Returns:
-            What to copy: the inputs as `layout` has them, and the block tables [S, B] with the step's own B.
+            What to copy: the inputs as `layout` has them, and the block tables of the step alone, [S, B].
         """
         views = layout.views(self._inputs)
-        views.pop("step")[:] = inputs.step, epoch
-        shape = layout.num_seqs, inputs.block_tables.shape[1]
-        tables: NDArray[np.int32] = np.ndarray(shape, np.int32, self._tables)
+        sizes = len(inputs.input_ids), len(inputs.logits_indices)
+        views.pop("step")[:] = inputs.step, epoch, STEP_MARK, *sizes
+        tables: NDArray[np.int32] = np.ndarray(inputs.block_tables.shape, np.int32, self._tables)
         pad_into(inputs, ModelInputs(step=inputs.step, block_tables=tables, **views))
         return self._inputs[: layout.num_bytes], tables
 

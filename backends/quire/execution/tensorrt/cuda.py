@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from quire.errors import StartupError
 from quire.execution.tensorrt.device import DeviceError, DeviceMemory, DeviceProperties, Event, Graph
+from quire.execution.tensorrt.shared_memory import allow_shared_memory
 
 
 class CudaDevice:
@@ -119,6 +121,10 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._call("cudaStreamSynchronize", self._stream)
+
+    def allow_shared_memory(self, most_bytes: int) -> AbstractContextManager[None]:
+        """More than 48 KiB needs CUPTI, and no profiler beside it."""
+        return allow_shared_memory(most_bytes)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """A graph of what `enqueue` queues, uploaded to the GPU."""

@@ -8,6 +8,7 @@ Addresses are integers, as TensorRT takes them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -100,6 +101,14 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Wait for everything that is queued."""
+        ...
+
+    def allow_shared_memory(self, most_bytes: int) -> AbstractContextManager[None]:
+        """Kernels queued meanwhile get the shared memory that they ask for, at most so much, then and later.
+
+        Raises:
+            StartupError: that is not possible in this process.
+        """
         ...
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:

@@ -1,14 +1,15 @@
-"""A plan made ready: memory, a pool as large as fits, contexts for prompts and CUDA graphs for decoding.
+"""A plan made ready: memory, a pool as large as fits, and a CUDA graph for each size of a padded step.
 
-Every step runs on the device's one stream, so that all contexts share their scratch memory and all steps the
-buffers on the GPU. A step of one token for each sequence is padded to the next size that a graph was
-captured for; any other runs through the context of the profile that holds its tokens.
+Every step is one graph, launched on the device's one stream, so that all contexts share their scratch memory
+and all steps the buffers on the GPU. No context sees a second set of shapes: for every change TensorRT would
+load the plan's kernels once more, without the memory they were allowed, and keep the old ones for good.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from quire.execution.executor import PoolInfo
 from quire.execution.kv_pool import num_gpu_pool_blocks
 from quire.execution.manifest import EngineLimits
 from quire.execution.model_inputs import ModelInputs
-from quire.execution.padding import decode_size
+from quire.execution.padding import step_size
 from quire.execution.tensorrt.buffers import (
     SAMPLED_IDS_OFFSET,
     STEP_DONE_OFFSET,
@@ -40,8 +41,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _DecodeGraph:
-    """A captured step of one token for each sequence."""
+class _StepGraph:
+    """A captured step of one size."""
 
     layout: StepLayout
     context: PlanContext
@@ -77,25 +78,25 @@ class TensorRTEngine:
         self._plan, self._details = plan, plan.details
         self._memory: list[int] = []
         self._pool: list[int] = []
-        self._contexts: list[PlanContext] = []
-        """By profile; of those that the limits reach."""
-        self._graphs: dict[int, _DecodeGraph] = {}
-        sizes = plan.details.decode_sizes
-        self._sizes = sizes[: 1 + next(i for i, size in enumerate(sizes) if size >= limits.max_num_seqs)]
-        self.max_rows = self._sizes[-1]
+        self._graphs: dict[int, _StepGraph] = {}
+        sizes = plan.details.step_sizes
+        self.sizes = sizes[: 1 + bisect_left(sizes, limits.max_num_batched_tokens)]
+        """Tokens that steps are padded to, ascending."""
+        self.max_rows = limits.max_num_seqs
         """Rows of logits in one step, at most."""
-        self._max_tokens = max(limits.max_num_batched_tokens, self.max_rows)
         self._blocks_per_seq = -(-limits.max_model_len // plan.manifest.block_size)
         self.pool_info = PoolInfo(0, epoch=1 + secrets.randbelow(2**31 - 1))
         self.buffers: list[StepBuffers] = []
         """For as many steps as may be under way."""
         self.closed = False
         try:
-            self._allocate()
-            num_blocks = self._fitting_blocks(kv_cache_bytes, gpu_memory_utilization)
-            self._make_pool(num_blocks)
-            for size in self._sizes:
-                self._graphs[size] = self._capture(size)
+            # Whatever is launched later was launched in here before, as part of a graph.
+            with device.allow_shared_memory(plan.details.kernel_shared_bytes):
+                self._allocate()
+                num_blocks = self._fitting_blocks(kv_cache_bytes, gpu_memory_utilization)
+                self._make_pool(num_blocks)
+                for size in self.sizes:
+                    self._graphs[size] = self._capture(size)
         except (DeviceError, EngineStepError) as error:
             self.close()
             raise StartupError(
@@ -123,13 +124,9 @@ class TensorRTEngine:
             DeviceError: the step cannot be queued; some of it may have been.
         """
         device, num_rows = self.device, len(inputs.logits_indices)
-        size = decode_size(self._sizes, inputs)
-        if size is not None and num_rows <= size:
-            decode = self._graphs[size]
-            self._copy_in(decode.layout, inputs, buffers, full_tables=True)
-            device.launch(decode.graph)
-        else:
-            self._enqueue(inputs, buffers)
+        sized = self._graphs[step_size(self.sizes, inputs)]
+        self._copy_in(sized.layout, inputs, buffers)
+        device.launch(sized.graph)
         device.copy_out(buffers.outputs[: SAMPLED_IDS_OFFSET + 4 * num_rows], self._outputs)
         if wants_logits and num_rows:
             device.copy_out(buffers.logits(num_rows, self.manifest.model.vocab_size), self._logits)
@@ -154,10 +151,9 @@ class TensorRTEngine:
         """Give everything back; nothing may be under way. The device's errors at this are of no interest."""
         self.closed = True
         try:
-            for decode in self._graphs.values():
-                self.device.free_graph(decode.graph)
+            for sized in self._graphs.values():
+                self.device.free_graph(sized.graph)
             self._graphs.clear()
-            self._contexts.clear()
             for buffers in self.buffers:
                 buffers.free()
             for address in (*self._pool, *self._memory):
@@ -169,7 +165,7 @@ class TensorRTEngine:
 
     def _allocate(self) -> None:
         """Everything but the pool, all zeros."""
-        largest = StepLayout(self._max_tokens, self.max_rows, self.max_rows)
+        largest = self._layout(self.sizes[-1])
         self._state_elements = engine_state_elements(self.manifest.limits.max_num_seqs)
         self._inputs = self._zeros(largest.num_bytes)
         self._tables = self._zeros(4 * self.max_rows * self._blocks_per_seq)
@@ -190,16 +186,14 @@ class TensorRTEngine:
     def _fitting_blocks(self, kv_cache_bytes: int, utilization_percent: int) -> int:
         """Size of the pool once everything else has what it takes, which is tried out on the null block."""
         self._make_pool(1)
-        profiles = self._details.profiles
-        for fewest, most in profiles:
-            if fewest <= self._max_tokens:
-                self._contexts.append(self._context(len(self._contexts)))
-                self._run(self._padding_step(min(most, self._max_tokens)))
+        # What is loaded once for all graphs is there when the second is captured.
+        trials = [self._capture(self.sizes[-1])]
         free_bytes = self.device.memory().free
-        trial = self._capture(self._sizes[-1])
+        trials.append(self._capture(self.sizes[-1]))
         graph_bytes = max(0, free_bytes - self.device.memory().free)
-        self.device.free_graph(trial.graph)
-        del trial
+        for trial in trials:
+            self.device.free_graph(trial.graph)
+        trials.clear()
         self._free_pool()
         memory = self.device.memory()
         return num_gpu_pool_blocks(
@@ -208,7 +202,7 @@ class TensorRTEngine:
             self.limits.max_model_len,
             total_bytes=memory.total,
             free_bytes=memory.free,
-            reserved_bytes=GRAPH_MARGIN_BYTES + len(self._sizes) * graph_bytes,
+            reserved_bytes=GRAPH_MARGIN_BYTES + len(self.sizes) * graph_bytes,
             utilization_percent=utilization_percent,
             max_blocks=self._details.max_blocks,
         )
@@ -227,16 +221,22 @@ class TensorRTEngine:
         self.device.copy_in(self._state + NUM_BLOCKS_BYTE, size)
         self.device.synchronize()
         self.device.free_pinned(size)
-        for context in self._contexts:
-            self._bind_pool(context)
 
     def _free_pool(self) -> None:
         while self._pool:
             self.device.free(self._pool.pop())
 
-    def _context(self, profile: int) -> PlanContext:
-        """A context with everything bound that stays where it is."""
-        context = self._plan.context(profile, self._scratch)
+    def _layout(self, size: int) -> StepLayout:
+        rows = min(size, self.max_rows)
+        return StepLayout(size, rows, rows)
+
+    def _context(self, layout: StepLayout) -> PlanContext:
+        """A context for steps of this layout, everything bound."""
+        context = self._plan.context(self._profile_of(layout.num_tokens), self._scratch)
+        for name, shape in layout.shapes.items():
+            context.set_shape(name, shape)
+            context.set_address(name, self._inputs + layout.offsets[name])
+        context.set_shape("block_tables", (layout.num_seqs, self._blocks_per_seq))
         context.set_shape("engine_state", (self._state_elements,))
         for name, address in (
             ("engine_state", self._state),
@@ -247,41 +247,28 @@ class TensorRTEngine:
             ("logits", self._logits),
         ):
             context.set_address(name, address)
-        self._bind_pool(context)
-        return context
-
-    def _bind_pool(self, context: PlanContext) -> None:
         for number, address in enumerate(self._pool):
             context.set_shape(f"kv_cache.{number}", (1,))
             context.set_address(f"kv_cache.{number}", address)
+        return context
 
-    def _shape(self, context: PlanContext, layout: StepLayout, num_blocks: int) -> None:
-        """Prepare a context for steps of this layout and so many columns of block tables."""
-        for name, shape in layout.shapes.items():
-            context.set_shape(name, shape)
-            context.set_address(name, self._inputs + layout.offsets[name])
-        context.set_shape("block_tables", (layout.num_seqs, num_blocks))
-
-    def _copy_in(
-        self, layout: StepLayout, inputs: ModelInputs, buffers: StepBuffers, *, full_tables: bool
-    ) -> None:
-        """Queue the copies of a step; `full_tables` are as wide on the GPU as they can become."""
+    def _copy_in(self, layout: StepLayout, inputs: ModelInputs, buffers: StepBuffers) -> None:
+        """Queue the copies of a step; its block tables are as wide on the GPU as they can become."""
         staged, tables = buffers.fill(layout, inputs, self.pool_info.epoch)
         self.device.copy_in(self._inputs, staged)
-        if full_tables:
-            self.device.copy_rows_in(self._tables, 4 * self._blocks_per_seq, tables)
-        else:
-            self.device.copy_in(self._tables, tables)
+        self.device.copy_rows_in(self._tables, 4 * self._blocks_per_seq, tables)
 
-    def _capture(self, size: int) -> _DecodeGraph:
-        """The graph of a decode step of `size` sequences, run once before, as TensorRT asks for."""
-        layout = StepLayout(size, size, size)
-        context = self._context(self._profile_of(size))
-        self._shape(context, layout, self._blocks_per_seq)
-        self._copy_in(layout, self._padding_step(1), self.buffers[0], full_tables=True)
+    def _capture(self, size: int) -> _StepGraph:
+        """The graph of steps of a size, run once before, as TensorRT asks for."""
+        layout = self._layout(size)
+        context = self._context(layout)
+        inputs, buffers = self._padding_step(size), self.buffers[0]
+        self._copy_in(layout, inputs, buffers)
         context.enqueue()
+        self.device.copy_out(buffers.outputs, self._outputs)
         self.device.synchronize()
-        return _DecodeGraph(layout, context, self.device.capture(context.enqueue))
+        self.collect(buffers, inputs.step, len(inputs.logits_indices))
+        return _StepGraph(layout, context, self.device.capture(context.enqueue))
 
     def _profile_of(self, num_tokens: int) -> int:
         return next(
@@ -289,24 +276,6 @@ class TensorRTEngine:
             for number, (fewest, most) in enumerate(self._details.profiles)
             if fewest <= num_tokens <= most
         )
-
-    def _enqueue(self, inputs: ModelInputs, buffers: StepBuffers) -> None:
-        """Queue a step of any shape, without a graph."""
-        num_tokens, num_seqs = len(inputs.input_ids), len(inputs.seq_lens)
-        # A plan has no step without logits; nobody looks at this row.
-        layout = StepLayout(num_tokens, num_seqs, max(1, len(inputs.logits_indices)))
-        context = self._contexts[self._profile_of(num_tokens)]
-        self._shape(context, layout, inputs.block_tables.shape[1])
-        self._copy_in(layout, inputs, buffers, full_tables=False)
-        context.enqueue()
-
-    def _run(self, inputs: ModelInputs) -> None:
-        """Run a step without a graph, and wait for it."""
-        buffers, num_rows = self.buffers[0], len(inputs.logits_indices)
-        self._enqueue(inputs, buffers)
-        self.device.copy_out(buffers.outputs, self._outputs)
-        self.device.synchronize()
-        self.collect(buffers, inputs.step, num_rows)
 
     def _padding_step(self, num_tokens: int) -> ModelInputs:
         """A step on the null block alone, of as many sequences as there can be.

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import EngineStepError, PeerLostError, QuireError
+from quire.execution.engine_state import STEP_MARK
 from quire.execution.executor import PoolInfo, StepOutput
 from quire.execution.manifest import Manifest
 from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS, ModelInputs
-from quire.execution.padding import blank_step, decode_size, pad_into
+from quire.execution.padding import blank_step, pad_into, step_size
 from quire.interface import POOL_INPUT_PREFIX, STEP_INPUTS
 from quire.serving.scheduler.engine_call import (
     PROBE_INTERVAL_S,
@@ -72,7 +73,7 @@ class HostedPlanExecutor:
         if plan is None:
             raise ValueError("the manifest describes no plan")
         self._input_names = manifest.inputs
-        self._decode_sizes = plan.decode_sizes
+        self._sizes, self._max_num_seqs = plan.step_sizes, manifest.limits.max_num_seqs
         self._table_width = -(-manifest.limits.max_model_len // manifest.block_size)
         first_element = np.zeros(1, np.int64)
         self._standing = {
@@ -144,34 +145,23 @@ class HostedPlanExecutor:
 
     def _call(self, step: EngineStep, inputs: ModelInputs) -> _Call:
         """What to send for a step."""
-        sized = self._sized(inputs)
-        tensors: dict[str, NDArray[Any]] = {spec.name: getattr(sized, spec.name) for spec in STEP_INPUTS}
-        tensors["sampling"] = _greedy(len(sized.logits_indices)) if sized.sampling is None else sized.sampling
+        size, num_rows = step_size(self._sizes, inputs), len(inputs.logits_indices)
+        sized = blank_step(size, self._max_num_seqs, self._table_width)
+        pad_into(inputs, sized)
+        names = (*(spec.name for spec in STEP_INPUTS), "sampling")
+        tensors: dict[str, NDArray[Any]] = {name: getattr(sized, name) for name in names}
         # A plan whose state was lost begins an epoch with whatever the next step proposes.
-        tensors["step"] = np.array([inputs.step, 1 + secrets.randbelow(LAST_EPOCH)], np.int32)
+        candidate = 1 + secrets.randbelow(LAST_EPOCH)
+        step_row = [inputs.step, candidate, STEP_MARK, len(inputs.input_ids), num_rows]
+        tensors["step"] = np.array(step_row, np.int32)
         tensors |= self._standing
         return _Call(
             step=step,
             number=inputs.step,
-            num_rows=len(inputs.logits_indices),
+            num_rows=num_rows,
             tensors={name: tensors[name] for name in self._input_names},
             outputs=("logits" if inputs.sampling is None else "sampled_ids", "pool_info", "step_done"),
         )
-
-    def _sized(self, inputs: ModelInputs) -> ModelInputs:
-        """A step with the shapes of one of the plan's CUDA graphs, if it is small enough for one.
-
-        Any other has at least one row of logits, which every step of a plan has.
-        """
-        size = decode_size(self._decode_sizes, inputs)
-        if size is None:
-            if len(inputs.logits_indices):
-                return inputs
-            return replace(inputs, logits_indices=np.zeros(1, np.int32), sampling=_greedy(1))
-        sized = blank_step(size, self._table_width)
-        width = inputs.block_tables.shape[1]
-        pad_into(inputs, replace(sized, block_tables=sized.block_tables[:, :width]))
-        return sized
 
     def _make_calls(self) -> None:
         while (call := self._calls.get()) is not None:

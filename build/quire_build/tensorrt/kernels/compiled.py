@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
+
 PTX_VERSION = 87
 """PTX 8.7: old enough for every driver of CUDA 12.8 or later, whatever the compiler's own default is."""
-
-
-MAX_SHARED_BYTES = 48 * 1024
-"""TensorRT launches a plan's kernels without raising the driver's limit on dynamic shared memory."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
     max_registers: int | None = None,
+    max_shared_bytes: int = DEFAULT_SHARED_BYTES,
 ) -> CompiledKernel:
     """Compile a kernel of this package for one GPU architecture; no GPU is needed.
 
@@ -52,13 +51,20 @@ def compile_kernel(
         constants: values of its ``constexpr`` parameters.
         arch: compute capability, 90 for 9.0.
         max_registers: of a thread, at most.
+        max_shared_bytes: shared memory of a program, at most.
 
     Raises:
-        ValueError: if the kernel wants scratch memory or more shared memory than a plan can give it.
+        ValueError: if the kernel wants scratch memory or more shared memory than that.
     """
-    return _compile(
+    compiled = _compile(
         kernel, tuple(types.items()), tuple(constants.items()), arch, num_warps, num_stages, max_registers
     )
+    if compiled.shared_bytes > max_shared_bytes:
+        raise ValueError(
+            f"kernel {compiled.name} wants {compiled.shared_bytes} bytes of shared memory; the plan can give "
+            f"it {max_shared_bytes}: choose smaller tiles or fewer stages"
+        )
+    return compiled
 
 
 @functools.cache
@@ -91,9 +97,4 @@ def _compile(
     metadata = built.metadata
     if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):
         raise ValueError(f"kernel {metadata.name} wants scratch memory, which TensorRT does not pass")
-    if metadata.shared > MAX_SHARED_BYTES:
-        raise ValueError(
-            f"kernel {metadata.name} wants {metadata.shared} bytes of shared memory; "
-            f"a plan can give it {MAX_SHARED_BYTES}: choose smaller tiles or fewer stages"
-        )
     return CompiledKernel(metadata.name, built.asm["ptx"], metadata.num_warps * 32, metadata.shared)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from quire.execution.engine_state import COUNTERS_BYTE
+from quire_build.tensorrt.kernels.step_size import used
 
 COUNTERS_OFFSET = tl.constexpr(COUNTERS_BYTE // 4)
 """Where the counters of split tiles start in the engine's state, in int32."""
@@ -150,6 +151,7 @@ def linear(
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHT_GROUP: tl.constexpr,
+    COUNTED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -170,7 +172,7 @@ def linear(
         bias: [N], or [2 * N] when GATED; not read unless BIAS.
         scales: [ceil(K / WEIGHT_GROUP), N], twice as wide when GATED: of the weight, by groups of inputs; not
             read unless there is a WEIGHT_GROUP.
-        engine_state: lends a counter for each tile while there are splits.
+        engine_state: says how many rows the step has, and lends each tile a counter while there are splits.
         num_splits: parts of K, at most SPLITS.
         out: out, [num_rows, N]: silu(gate) * up when GATED.
         normed: out when RESIDUAL, [num_rows, N], ``out`` times ``next_norm``.
@@ -179,6 +181,8 @@ def linear(
             splits.
         WEIGHT_GROUP: inputs of a weight that share a scale, a multiple of BLOCK_K; 0 where weights have the
             rows' type.
+        COUNTED: what a row is, for `step_size.used`. Tiles of padding alone are left out; the rows of padding
+            in others are computed.
         BLOCK_N: a multiple of SQUARES_WIDTH when RESIDUAL.
     """
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -190,6 +194,10 @@ def linear(
     row_tile = first_of_group + place_in_group % group
     column = place_in_group // group
     split = tl.program_id(2)
+    # The first tile always has rows, and doesn't wait for their number.
+    if row_tile > 0:
+        if row_tile * BLOCK_M >= used(engine_state, COUNTED, num_rows):
+            return
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)

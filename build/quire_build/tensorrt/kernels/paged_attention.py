@@ -76,7 +76,7 @@ def paged_attention(
     Args:
         query: [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM], rotated.
         block_tables: int32 [num_seqs, blocks_per_table].
-        query_start_loc: int32 [num_seqs + 1]; every sequence should have at least one token.
+        query_start_loc: int32 [num_seqs + 1]; only the last sequences may be without tokens, as padding is.
         seq_lens: int32 [num_seqs].
         kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM].
         engine_state: int64, see `quire.execution.engine_state`.

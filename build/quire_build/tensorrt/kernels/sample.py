@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire_build.tensorrt.kernels.step_size import ROWS, used
+
 MASS_UNIT = tl.constexpr(float(1 << 38))
 """Mass of a candidate that is as likely as the best."""
 COUNT_BITS = tl.constexpr(12)
@@ -425,7 +427,7 @@ def sample(
         logits: float32 [N, VOCAB_SIZE].
         sampling: float32 [N, 5]: inverse temperature (0 is greedy), top_k (0 keeps all), top_p, min_p and a
             uniform number in [0, 1).
-        engine_state: lends a zero counter to each row, and keeps what is sampled.
+        engine_state: says how many rows the step has, lends each a zero counter, keeps what is sampled.
         num_splits: programs that share a row, at most MOST_SPLITS.
         sampled_ids: out, int32 [N]; -1 where the best logit is not a finite number.
         scratch: int32 [N, 2 * CAPACITY].
@@ -440,6 +442,8 @@ def sample(
     row_logits = logits + row.to(tl.int64) * VOCAB_SIZE
     row_scratch = scratch + row.to(tl.int64) * (2 * CAPACITY)
     state = engine_state.to(tl.pointer_type(tl.int32), bitcast=True)
+    if row >= used(engine_state, ROWS, tl.num_programs(1)):
+        return
 
     per_split = tl.cdiv(tl.cdiv(VOCAB_SIZE, BLOCK), num_splits) * BLOCK
     splits_used = tl.cdiv(VOCAB_SIZE, per_split)

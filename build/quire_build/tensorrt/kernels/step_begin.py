@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS, note
+
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def step_begin(
@@ -38,13 +40,14 @@ def step_begin(
     SAMPLED_IDS_BYTE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Replace ids that stand for sampled tokens, and note the step, the pool's epoch and where its parts are.
+    """Replace ids that stand for sampled tokens, and note the step, its size, and the pool's epoch and parts.
 
     Grid: (cdiv(num_tokens, BLOCK_T),); the first program also does what is not about tokens.
 
     Args:
         input_ids: int32 [num_tokens]; -(r + 1) stands for the token that the step before sampled in row r.
-        step: int32 [2], number of the step and the epoch that a new pool gets.
+        step: int32 [5], the step's number, the epoch that a new pool gets, STEP_MARK, and how many tokens and
+            rows of logits the step has.
         engine_state: int64, see `quire.execution.engine_state`.
         kv_cache_0: and the others, the pool's parts; only their addresses are used, of the first NUM_POOLS.
         token_ids: out, int32 [num_tokens], all within the vocabulary.
@@ -69,6 +72,9 @@ def step_begin(
         tl.store(pool_info, num_blocks.to(tl.int32))
         tl.store(pool_info + 1, epoch)
         tl.store(step_done, tl.load(step))
+        mark = tl.load(step + 2)
+        note(engine_state, TOKENS, mark, tl.load(step + 3))
+        note(engine_state, ROWS, mark, tl.load(step + 4))
 
         offsets = engine_state + POOL_OFFSETS_BYTE // 8
         first = kv_cache_0.to(tl.int64, bitcast=True)

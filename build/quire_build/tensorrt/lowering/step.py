@@ -30,7 +30,7 @@ def lower_step(graph: Graph) -> None:
     embedding.input[1] = "token_ids"
     graph.add("Sample", ["logits", SAMPLING, STATE], [SAMPLED_IDS], domain=DOMAIN, vocab_size=vocab_size)
     proto = graph.model.graph
-    proto.input.append(helper.make_tensor_value_info(STEP, TensorProto.INT32, [2]))
+    proto.input.append(helper.make_tensor_value_info(STEP, TensorProto.INT32, [5]))
     proto.input.append(helper.make_tensor_value_info(SAMPLING, TensorProto.FLOAT, ["N", 5]))
     proto.input.append(helper.make_tensor_value_info(STATE, TensorProto.INT64, ["state"]))
     proto.output.append(helper.make_tensor_value_info(SAMPLED_IDS, TensorProto.INT32, ["N"]))

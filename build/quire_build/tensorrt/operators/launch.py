@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
+
 MODEL = "model"
 """Stands for the element type that weights, activations and the pool share."""
 
@@ -57,6 +59,7 @@ class Launch:
         grid: programs along each axis.
         integers: its integer parameters.
         max_registers: of a thread; the compiler's own choice where None.
+        max_shared_bytes: shared memory of a program, at most.
     """
 
     kernel: Any
@@ -67,6 +70,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = None
+    max_shared_bytes: int = DEFAULT_SHARED_BYTES
 
 
 class Operator(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quire_build.tensorrt.kernels.linear import SQUARES_WIDTH, linear
+from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
 from quire_build.tensorrt.linear_tiles import LinearTile, tiles
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape
 
@@ -22,6 +23,8 @@ class Linear:
     With a ``weight_group``, weight is int8, bound as int32 [n, k / 4], and scales
     [ceil(k / weight_group), rows of weight] are read: one for so many inputs. 0 is a weight of the model's
     type.
+    A program may have ``shared_bytes`` of shared memory. The result is ``wide_output``, float32, where it is
+    logits, whose rows are not the step's tokens.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
     squares, what the next normed layer reads; scratch for splits.
     """
@@ -35,6 +38,7 @@ class Linear:
     biased: int
     wide_output: int
     weight_group: int
+    shared_bytes: int
 
     INPUTS: ClassVar[tuple[str, ...]] = (
         "x",
@@ -50,7 +54,7 @@ class Linear:
 
     @property
     def _tiles(self) -> tuple[LinearTile, ...]:
-        return tiles(self.n, self.k, bool(self.gated), self.weight_group)
+        return tiles(self.n, self.k, bool(self.gated), self.weight_group, self.shared_bytes)
 
     @property
     def num_tactics(self) -> int:
@@ -108,6 +112,7 @@ class Linear:
                 "RESIDUAL": bool(self.adds_residual),
                 "BIAS": bool(self.biased),
                 "WEIGHT_GROUP": self.weight_group,
+                "COUNTED": (ROWS if self.wide_output else TOKENS).value,
                 "SPLITS": tile.splits,
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
@@ -117,4 +122,5 @@ class Linear:
             integers=(rows, splits),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            max_shared_bytes=self.shared_bytes,
         )
