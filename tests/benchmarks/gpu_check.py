@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -57,15 +57,16 @@ from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire_build.decoder import Decoder
 from quire_build.gate import compare, describe, gate_workload
+from quire_build.quantization import WEIGHT_GROUP
 from quire_build.torch_executor import TorchExecutor
 
-BATCHES, CONTEXTS, PREFILLS = (1, 8, 32, 64, 128, 256), (200, 2000), (512, 2048, 8192)
+BATCHES, CONTEXTS, PREFILLS = (1, 8, 32, 64, 128, 256, 512, 1024), (200, 2000), (512, 2048, 8192)
 ROOM = 64
 """Tokens that a sequence may grow by while decode steps are timed."""
 ROUNDING = 0.1
 """Most that a logit may differ by between two ways of one step; their standard deviation is 1.3."""
-WORKLOADS = ((1024, 128, 128), (768, 1000, 1000))
-"""Requests, tokens of their prompts, and of their outputs."""
+WORKLOADS = ((1024, 128, 128, 1024), (1024, 128, 128, 256), (768, 1000, 1000, 256))
+"""Requests, tokens of their prompts and of their outputs, and how many may run at a time."""
 SLOWEST_TOKENS_PER_S = 4500
 """Below it a workload may outlast the stage."""
 PEER_FILE = Path(__file__).with_name("vllm_h200.json")
@@ -114,7 +115,9 @@ class Peer:
 
     def beside_time(self, batch: int, ours_ms: float) -> dict[str, float]:
         """vLLM's step, the ratio of ours to it, and the ratio had the bandwidths been the same."""
-        theirs = self._figures["decode_ms"][str(batch)]
+        theirs = self._figures["decode_ms"].get(str(batch))
+        if theirs is None:
+            return {}
         ratio = ours_ms / theirs
         return {
             "vllm_ms": theirs,
@@ -159,13 +162,13 @@ def reference(shape: Shape, dtype: torch.dtype, num_blocks: int) -> TorchExecuto
         return TorchExecutor(on_gpu, config, num_blocks, BLOCK_SIZE)
 
 
-def core_on(executor: Executor, async_scheduling: bool) -> EngineCore:
+def core_on(executor: Executor, async_scheduling: bool, max_num_seqs: int) -> EngineCore:
     """The engine as a server has it, but for Triton."""
     config = SchedulerConfig(
         num_blocks=executor.pool_info(10.0).num_blocks,
         block_size=BLOCK_SIZE,
         max_num_batched_tokens=LIMITS.max_num_batched_tokens,
-        max_num_seqs=LIMITS.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         max_model_len=LIMITS.max_model_len,
         async_scheduling=async_scheduling,
     )
@@ -173,14 +176,19 @@ def core_on(executor: Executor, async_scheduling: bool) -> EngineCore:
 
 
 def generate(
-    executor: Executor, prompts: list[list[int]], max_tokens: int, async_scheduling: bool = True
+    executor: Executor,
+    prompts: list[list[int]],
+    max_tokens: int,
+    *,
+    async_scheduling: bool = True,
+    max_num_seqs: int = 256,
 ) -> dict[str, Any]:
     """Run requests that arrive together, greedy and past any end token; tokens by prompt, time and steps.
 
     Raises:
         RuntimeError: a step failed, or tokens are missing.
     """
-    core = core_on(executor, async_scheduling)
+    core = core_on(executor, async_scheduling, max_num_seqs)
     for number, prompt in enumerate(prompts):
         core.add_request(Request(str(number), prompt, SamplingParams(max_tokens=max_tokens, temperature=0)))
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -227,7 +235,8 @@ def check_builder(results: CheckedResults, options: argparse.Namespace, clock: C
         try:
             results.add(load=attempt, **with_logits.seconds)
             check_numerics(results, shape, dtype, with_logits)
-            check_graphs(results, with_logits)
+            check_sizes(results, with_logits)
+            check_memory(results, with_logits)
             check_feedback(results, executor, shape.decoder_config.vocab_size)
         finally:
             executor.close()
@@ -246,26 +255,41 @@ def check_numerics(results: CheckedResults, shape: Shape, dtype: torch.dtype, lo
     results.check(not report.exceeded, numerics=describe(report), exceeded=list(report.exceeded))
 
 
-def check_graphs(results: CheckedResults, loaded: LoadedPlan) -> None:
-    """Decode steps by graph and without one, padded or not: the same logits but for rounding."""
+def check_sizes(results: CheckedResults, loaded: LoadedPlan) -> None:
+    """Steps padded to the size that fits and to a much larger one: the same logits but for rounding."""
     engine, executor = loaded.engine, loaded.executor
     info = executor.pool_info(10.0)
     vocab_size = engine.manifest.model.vocab_size
     sequences = Sequences(64, 256, num_blocks=info.num_blocks, block_size=BLOCK_SIZE, vocab_size=vocab_size)
     fill(executor, sequences, 64, 200, LIMITS.max_num_batched_tokens)
-    for count in (1, 3, 8, 33, 64):
-        step = sequences.step(range(count), 200, 1)
-        by_graph = logits_of(executor, step)
-        with patch.object(engine, "_sizes", ()):  # no graph is large enough then
-            free_form = logits_of(executor, step)
-        difference = float(np.abs(by_graph - free_form).max())
+    larger = tuple(size for size in engine.sizes if size >= 512)
+    for count, num_tokens in ((1, 1), (3, 1), (8, 1), (33, 1), (64, 1), (2, 50), (7, 31)):
+        step = sequences.step(range(count), 200, num_tokens)
+        fitting = logits_of(executor, step)
+        with patch.object(engine, "sizes", larger):
+            padded = logits_of(executor, step)
+        difference = float(np.abs(fitting - padded).max())
         results.check(
             difference <= ROUNDING,
-            graph_against_free_form=count,
+            padding=[count, num_tokens],
             equal=difference == 0.0,
             largest_difference=difference,
-            same_best=bool((by_graph.argmax(-1) == free_form.argmax(-1)).all()),
+            same_best=bool((fitting.argmax(-1) == padded.argmax(-1)).all()),
         )
+
+
+def check_memory(results: CheckedResults, loaded: LoadedPlan) -> None:
+    """Steps of ever other shapes take no memory of the GPU: TensorRT leaks when it is shown new ones."""
+    engine, executor = loaded.engine, loaded.executor
+    vocab_size = engine.manifest.model.vocab_size
+    num_blocks = executor.pool_info(10.0).num_blocks
+    sequences = Sequences(8, 256, num_blocks=num_blocks, block_size=BLOCK_SIZE, vocab_size=vocab_size)
+    before = engine.device.memory().free
+    shapes = [(count, tokens) for count in range(1, 9) for tokens in range(1, 200, 8)]
+    for count, num_tokens in shapes:
+        run(executor, sequences.step(range(count), 0, num_tokens))
+    lost = before - engine.device.memory().free
+    results.check(lost == 0, shapes=len(shapes), lost_bytes=lost)
 
 
 def logits_of(executor: Executor, inputs: ModelInputs) -> Any:
@@ -321,17 +345,18 @@ def check_shape(
     options: argparse.Namespace,
     clock: Clock,
     eager_tokens_per_s: Mapping[str, float] | None = None,
+    workloads: Sequence[tuple[int, int, int, int]] = WORKLOADS,
 ) -> None:
     directory = plan_directory(name, options, results)
     loaded = load(directory)
     results.add(load=name, kv_blocks=loaded.engine.pool_info.num_blocks, **loaded.seconds)
-    peer = Peer(name, results.bandwidth_gb_s)
+    peer = Peer(name.split()[0], results.bandwidth_gb_s)
     try:
-        measure_prefill(results, loaded)
-        measure_decode(name, results, loaded, peer, clock)
-        measure_requests(results, loaded, peer, clock)
         if eager_tokens_per_s:
             measure_against_eager(results, loaded, eager_tokens_per_s)
+        measure_prefill(results, loaded)
+        measure_decode(name, results, loaded, peer, clock)
+        measure_requests(results, loaded, peer, clock, workloads)
     finally:
         loaded.executor.close()
 
@@ -358,7 +383,8 @@ def measure_decode(name: str, results: Results, loaded: LoadedPlan, peer: Peer, 
     manifest = loaded.engine.manifest
     config = SHAPES[name].decoder_config
     weights = RandomWeights(config, 1, DTYPES[manifest.precision])
-    weight_bytes = weights.num_read_elements * DTYPES[manifest.precision].itemsize
+    element_bytes = 1 + 2 / WEIGHT_GROUP if manifest.precision == "int8" else 2
+    weight_bytes = weights.num_read_elements * element_bytes
     token_bytes = manifest.kv_bytes_per_block // BLOCK_SIZE
     for context in CONTEXTS:
         count, sequences = sequences_that_fit(loaded, max(BATCHES), context + ROOM)
@@ -380,19 +406,27 @@ def measure_decode(name: str, results: Results, loaded: LoadedPlan, peer: Peer, 
             )
 
 
-def measure_requests(results: Results, loaded: LoadedPlan, peer: Peer, clock: Clock) -> None:
+def measure_requests(
+    results: Results,
+    loaded: LoadedPlan,
+    peer: Peer,
+    clock: Clock,
+    workloads: Sequence[tuple[int, int, int, int]],
+) -> None:
     vocab_size = loaded.engine.manifest.model.vocab_size
     generate(loaded.executor, random_prompts(64, 128, vocab_size, seed=1), 8)
-    for count, prompt_tokens, output_tokens in WORKLOADS:
+    for count, prompt_tokens, output_tokens, max_num_seqs in workloads:
         workload = f"{count} x {prompt_tokens}/{output_tokens}"
         needed_s = count * output_tokens / SLOWEST_TOKENS_PER_S
         if clock.left_s < needed_s:
             results.add(requests=workload, skipped=f"no time: {round(needed_s)} s may be needed")
             continue
-        done = generate(loaded.executor, random_prompts(count, prompt_tokens, vocab_size), output_tokens)
+        prompts = random_prompts(count, prompt_tokens, vocab_size)
+        done = generate(loaded.executor, prompts, output_tokens, max_num_seqs=max_num_seqs)
         rate = count * output_tokens / done["s"]
         results.add(
             requests=workload,
+            max_num_seqs=max_num_seqs,
             tokens_per_s=round(rate),
             s=round(done["s"], 2),
             steps=done["steps"],
@@ -412,15 +446,16 @@ def check_7b(results: CheckedResults, options: argparse.Namespace, clock: Clock)
 
 
 def measure_against_eager(results: Results, loaded: LoadedPlan, eager: Mapping[str, float]) -> None:
-    """The eager loops' batch through the whole engine."""
+    """The eager loops' batch through the whole engine, and so many requests that it can fill itself."""
     vocab_size = loaded.engine.manifest.model.vocab_size
-    prompts = random_prompts(BATCH, PROMPT_TOKENS, vocab_size, seed=2)
-    rate = BATCH * OUTPUT_TOKENS / generate(loaded.executor, prompts, OUTPUT_TOKENS)["s"]
-    results.add(
-        requests=f"{BATCH} x {PROMPT_TOKENS}/{OUTPUT_TOKENS}",
-        tokens_per_s=round(rate),
-        times_eager={loop: round(rate / theirs, 2) for loop, theirs in eager.items()},
-    )
+    for count in (BATCH, 32 * BATCH):
+        prompts = random_prompts(count, PROMPT_TOKENS, vocab_size, seed=2)
+        rate = count * OUTPUT_TOKENS / generate(loaded.executor, prompts, OUTPUT_TOKENS)["s"]
+        results.add(
+            requests=f"{count} x {PROMPT_TOKENS}/{OUTPUT_TOKENS}",
+            tokens_per_s=round(rate),
+            times_eager={loop: round(rate / theirs, 2) for loop, theirs in eager.items()},
+        )
 
 
 # --- hosted and precision
@@ -442,23 +477,40 @@ def check_hosted(results: CheckedResults, options: argparse.Namespace, clock: Cl
             return False
         return True
 
-    repositories = {}
-    plan: Path | None = None
     for placement in (EnginePlacement.HOSTED, EnginePlacement.IN_PROCESS):
-        repository = options.plans / f"hosted-{options.shape}-{placement}"
-        seconds = random_repository(SHAPES[options.shape], repository, placement, plan)
-        plan = repository / placement.engine_owner / "1"
-        repositories[placement] = repository
+        repository = options.plans / f"hosted-{options.shape}-{placement}".replace(" ", "-")
+        seconds = random_repository(SHAPES[options.shape], repository, placement)
         results.add(repository=placement, shape=options.shape, **seconds)
-    hosted = repositories[EnginePlacement.HOSTED]
-    if not serve("hosted", hosted):
-        with without_graphs(hosted):
-            serve("hosted without graphs", hosted)
-    serve("in-process", repositories[EnginePlacement.IN_PROCESS])
+        if not serve(placement, repository) and placement is EnginePlacement.HOSTED:
+            with without_graphs(repository):
+                serve("hosted without graphs", repository)
+        if clock.left_s > 2 * LOAD_S:
+            measure_alone(results, repository / placement.engine_owner / "1")
+
+
+def measure_alone(results: Results, plan: Path) -> None:
+    """The requests that arrive together at a server, given to the engine without one."""
+    from gpu_serving import OUTPUT_TOKENS, PROMPT_TOKENS, TOGETHER
+
+    loaded = load(plan)
+    try:
+        vocab_size = loaded.engine.manifest.model.vocab_size
+        generate(loaded.executor, random_prompts(64, PROMPT_TOKENS, vocab_size, seed=1), 8)
+        prompts = random_prompts(TOGETHER, PROMPT_TOKENS, vocab_size)
+        done = generate(loaded.executor, prompts, OUTPUT_TOKENS, max_num_seqs=LIMITS.max_num_seqs)
+    finally:
+        loaded.executor.close()
+    results.add(
+        requests=f"{TOGETHER} x {PROMPT_TOKENS}/{OUTPUT_TOKENS}",
+        without="a server",
+        tokens_per_s=round(TOGETHER * OUTPUT_TOKENS / done["s"]),
+        s=round(done["s"], 2),
+    )
 
 
 def check_precision(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
-    """The project's own checkpoint through the whole build, then two layers of 8b against float32 weights."""
+    """The project's own checkpoint through the whole build, then 8b in int8, and two layers of 8b's shape
+    against float32 weights."""
     from quire_build.pipeline import build  # needs tritonclient
 
     precisions: tuple[Precision, ...] = ("bf16", "fp16", "int8")
@@ -477,6 +529,7 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
             )
             gate = read_manifest(output / EnginePlacement.IN_PROCESS.engine_owner / "1").gate
         results.add(gate=SMALL_CHECKPOINT.name, precision=precision, **msgspec.to_builtins(gate))
+    check_shape("8b int8", results, options, clock, workloads=WORKLOADS[1:2])
     shape = SHAPES["2 layers of 8b"]
     for precision in precisions[:2]:  # int8 wants another reference
         if clock.left_s < 90:

@@ -1,11 +1,12 @@
 """Times of the linear layers of Llama-3-8B in candidate tiles, beside cuBLAS's for the same products.
 
-    PYTHONPATH=build:backends python tests/benchmarks/gpu_linear.py --seconds 300 --output OUT.json [--int8]
+    PYTHONPATH=build:backends python tests/benchmarks/gpu_linear.py --output OUT.json [--seconds 300]
 
-For each kind of layer and number of rows, bfloat16 (with --int8 weights of int8 in groups, beside cuBLAS's of
-bfloat16): CUDA graph replays over several weights, so that no cache helps. Tiles that a plan cannot launch
-are left out. The candidates are compiled first, by all processors; the most promising are measured first, and
-what the time does not suffice for is left out. `linear_tiles.py` holds what came out of this.
+For each kind of layer and number of rows, bfloat16: CUDA graph replays over several weights, so that no cache
+helps. With --int8 weights are of int8 in groups, beside cuBLAS's of bfloat16; with --hosted only tiles that
+fit the shared memory of a plan that Triton hosts. The candidates are compiled first, by all processors; the
+most promising are measured first, and what the time does not suffice for is left out. `linear_tiles.py` holds
+what came out of this.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -29,9 +30,10 @@ from gpu_timing import Results, graph_time_ms
 from torch import Tensor
 
 from quire.execution.engine_state import NUM_COUNTERS, engine_state_elements
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import WEIGHT_GROUP, quantize_in_groups
-from quire_build.tensorrt.kernels.compiled import MAX_SHARED_BYTES
 from quire_build.tensorrt.linear_tiles import LinearTile, tiles
+from quire_build.tensorrt.machine import this_gpu
 from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic
 
 HIDDEN, FFN, VOCABULARY = 4096, 14336, 128256
@@ -39,7 +41,7 @@ WEIGHT_BYTES = 600 << 20
 """Of one kind's weights together: many times the L2 cache."""
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
-    "weight_group": 0,
+    "weight_group": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
 }  # fmt: skip
 KINDS = {
     "qkv": Linear(k=HIDDEN, n=6144, **(PLAIN | {"normed": 1})),
@@ -48,25 +50,24 @@ KINDS = {
     "down": Linear(k=FFN, n=HIDDEN, **(PLAIN | {"adds_residual": 1})),
     "lm_head": Linear(k=HIDDEN, n=VOCABULARY, **(PLAIN | {"wide_output": 1, "normed": 1})),
 }
-ROWS = (64, 128, 256, 32, 16, 1, 512, 2048, 8192)
+ROWS = (64, 128, 256, 32, 1, 512, 16, 1024, 8192, 2048)
 """The most interesting first."""
 MOST_LOGITS = 512
-PROGRAMS = (528, 264)
-"""Programs that splits aim at, at most: four and two for each SM of a Hopper GPU."""
+PROGRAMS = (528, 264, 132)
+"""Programs that splits aim at, at most: four, two and one for each SM of a Hopper GPU."""
 LARGEST_SPLIT_TILE = 128 * 128
 """Elements: adding splits up wants registers besides the tile's own."""
 
-PLAIN_SHAPES = (
-    (128, 64, 64, 4, 2), (32, 64, 64, 4, 5), (32, 32, 128, 4, 4), (128, 256, 16, 8, 4), (256, 128, 16, 8, 4),
-)  # fmt: skip
-GATED_SHAPES = ((32, 64, 64, 4, 3), (128, 64, 32, 4, 3), (128, 32, 64, 4, 2), (16, 64, 64, 4, 3))
+PLAIN_SHAPES = ((128, 64, 64, 4, 5), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4))
+GATED_SHAPES = ((32, 64, 64, 4, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (16, 64, 64, 4, 3))
 """Rows, columns and depth of a tile, warps, stages: candidates besides those that are in use."""
 INT8_PLAIN_SHAPES = (
-    (16, 128, 64, 4, 5), (32, 128, 64, 4, 4), (64, 32, 64, 4, 4), (128, 64, 64, 8, 2), (64, 128, 64, 4, 2),
-    (128, 64, 64, 4, 2), (128, 128, 32, 8, 2),
+    (64, 64, 64, 4, 8), (64, 128, 64, 8, 6), (128, 128, 64, 8, 6), (16, 128, 64, 4, 5), (32, 128, 64, 4, 4),
+    (64, 32, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 8, 6), (64, 64, 64, 4, 5), (64, 128, 64, 4, 4),
 )  # fmt: skip
 INT8_GATED_SHAPES = (
-    (16, 64, 64, 4, 5), (32, 64, 64, 4, 4), (64, 64, 64, 4, 2), (128, 32, 64, 4, 2), (128, 64, 32, 8, 2),
+    (64, 64, 64, 8, 6), (64, 64, 64, 4, 4), (128, 64, 64, 8, 5), (16, 64, 64, 4, 5), (32, 64, 64, 4, 4),
+    (64, 32, 64, 4, 6), (128, 64, 64, 8, 3), (64, 64, 64, 8, 4),
 )  # fmt: skip
 """The same for weights of int8."""
 
@@ -99,7 +100,7 @@ class Weight:
 
 def candidates(layer: Linear) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
-    found = list(tiles(layer.n, layer.k, bool(layer.gated), layer.weight_group))
+    found = list(tiles(layer.n, layer.k, bool(layer.gated), layer.weight_group, layer.shared_bytes))
     gated, plain = (
         (INT8_GATED_SHAPES, INT8_PLAIN_SHAPES) if layer.weight_group else (GATED_SHAPES, PLAIN_SHAPES)
     )
@@ -119,7 +120,7 @@ def candidates(layer: Linear) -> list[LinearTile]:
 
 def suited(usable: Iterable[LinearTile], rows: int) -> list[LinearTile]:
     """The tiles worth measuring at so many rows, each number of splits that comes of them once."""
-    ranges = {16: (1, 32), 32: (17, 64), 64: (32, 512), 128: (65, 8192), 256: (129, 8192)}
+    ranges = {16: (1, 32), 32: (17, 64), 64: (32, 256), 128: (65, 8192), 256: (129, 8192)}
     found: dict[LinearTile, LinearTile] = {}
     for tile in usable:
         fewest, most = ranges[tile.block_m]
@@ -151,14 +152,15 @@ def compile_variant(variant: Variant) -> int:
 def launchable(pool: ProcessPoolExecutor, variants: Sequence[Variant]) -> list[Variant]:
     """Those that compile and that a plan can launch."""
     sizes = pool.map(compile_variant, variants)
-    return [v for v, size in zip(variants, sizes, strict=True) if 0 <= size <= MAX_SHARED_BYTES]
+    return [v for v, size in zip(variants, sizes, strict=True) if 0 <= size <= v.layer.shared_bytes]
 
 
 class Bench:
     """Layers of every kind with weights, and room for what they read and write besides."""
 
-    def __init__(self, weight_group: int) -> None:
-        self.layers = {kind: replace(layer, weight_group=weight_group) for kind, layer in KINDS.items()}
+    def __init__(self, weight_group: int, shared_bytes: int) -> None:
+        given = {"weight_group": weight_group, "shared_bytes": shared_bytes}
+        self.layers = {kind: replace(layer, **given) for kind, layer in KINDS.items()}
         self.state = torch.zeros(engine_state_elements(256), dtype=torch.int64, device="cuda")
         self.weights = {kind: self._weights(layer) for kind, layer in self.layers.items()}
         self._scratch = torch.empty(1, device="cuda")
@@ -313,10 +315,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0, help="after which to stop")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--int8", action="store_true", help="weights of int8, in groups as in a plan")
+    parser.add_argument("--hosted", action="store_true", help="with the shared memory that Triton gives")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     results = Results(options.output)
-    bench = Bench(WEIGHT_GROUP if options.int8 else 0)
+    shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else this_gpu().shared_bytes
+    bench = Bench(WEIGHT_GROUP if options.int8 else 0, shared_bytes)
     processors = max(1, (os.cpu_count() or 2) - 1)
     with ProcessPoolExecutor(processors, mp_context=multiprocessing.get_context("spawn")) as pool:
         best = measure_tiles(results, bench, pool, end)

@@ -30,7 +30,7 @@ from quire_build.rope import cosine_and_sine
 from quire_build.tensorrt.builder import TensorRTBuilder, built_plan
 from quire_build.tensorrt.plan import PlanOptions, build_plan
 
-LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
+LIMITS = EngineLimits(max_num_seqs=1024, max_num_batched_tokens=8192, max_model_len=4096)
 DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,

@@ -4,20 +4,24 @@
 
 Each repository is served by itself, one after the other, because a GPU's memory holds one of them. The
 clients are those of serving.py: streams over gRPC, each sending the next request when one has ended, with
-prompts of 128 tokens and 128 tokens of output. The server's whole log is kept beside OUT.json. Where Triton
-hosts the plan, `engine_ms` is what it says of a call: all of it, and the part that the GPU computed.
+prompts of 128 tokens and 128 tokens of output; then 1024 such streams that arrive together and are run to
+their end. The server's whole log is kept beside OUT.json. Where Triton hosts the plan, `engine_ms` is what it
+says of a call: all of it, and the part that the GPU computed.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import multiprocessing
-import os
+import random
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +30,36 @@ from google.protobuf import text_format
 from gpu_plan import DTYPES, LIMITS, RandomWeights, Shape, build_random_plan
 from gpu_timing import Results
 from random_checkpoint import write_tokenizer
-from serving import LOAD_TIMEOUT_S, Load, busiest_threads, measure, own_server
+from serving import (
+    LOAD_TIMEOUT_S,
+    PROMPT_IDS,
+    REQUEST_TIMEOUT_S,
+    Load,
+    busiest_threads,
+    measure,
+    own_server,
+)
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from quire.execution.manifest import read_manifest
-from quire.interface import ENGINE, PLAN_FILE, EnginePlacement
+from quire.interface import ENGINE, EnginePlacement
 from quire_build.repository import DEFAULT_FRONTENDS, engine_dir, write_configs, write_model_files
 from quire_build.tensorrt.hosted_memory import host_reserve_bytes
 from quire_build.tensorrt.machine import this_gpu
+from quire_client import AsyncClient
 
 STREAMS = (1, 32, 256)
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 128
 CLIENTS = 4
+TOGETHER = 1024
+"""Requests that arrive together."""
 MEMORY_SHARE = 0.9
-ENGINE_FILES = (PLAN_FILE, "engine.json")
 
 
-def random_repository(
-    shape: Shape, repository: Path, placement: EnginePlacement, plan: Path | None = None
-) -> dict[str, float]:
-    """A repository with random weights, as `quire build` makes one; its plan can be hosted by Triton.
-
-    Args:
-        shape: of the model.
-        repository: to make, unless it is there.
-        placement: of the engine.
-        plan: folder of a plan that this one shares its files with; None to build one.
+def random_repository(shape: Shape, repository: Path, placement: EnginePlacement) -> dict[str, float]:
+    """A repository with random weights, as `quire build` makes one, unless it is there.
 
     Returns:
         Seconds that parts of the build took; nothing if the repository was there.
@@ -62,17 +68,14 @@ def random_repository(
     if (directory / "engine.json").is_file():
         return {}
     directory.mkdir(parents=True)
-    seconds: dict[str, float] = {}
-    if plan is None:
+    hosted = placement is EnginePlacement.HOSTED
+    pool_bytes = 0
+    if hosted:
         config, dtype = shape.decoder_config, DTYPES[shape.precision]
         weight_bytes = RandomWeights(config, 1, dtype).num_elements * dtype.itemsize
         kept = weight_bytes + host_reserve_bytes(config, LIMITS, dtype.itemsize)
         pool_bytes = int(this_gpu().memory_bytes * MEMORY_SHARE) - kept
-        seconds = build_random_plan(shape, directory, pool_bytes=pool_bytes)
-    else:
-        for name in ENGINE_FILES:
-            os.link(plan / name, directory / name)
-    hosted = placement is EnginePlacement.HOSTED
+    seconds = build_random_plan(shape, directory, pool_bytes=pool_bytes)
     write_configs(repository, DEFAULT_FRONTENDS, placement, read_manifest(directory) if hosted else None)
     checkpoint = repository.with_name(f"{repository.name}-checkpoint")
     checkpoint.mkdir(exist_ok=True)
@@ -111,6 +114,48 @@ def serve_and_measure(
             before = engine_times(url)
             row = measure(Load(url, seconds, PROMPT_TOKENS, OUTPUT_TOKENS), number, CLIENTS, manager)
             yield row | engine_ms(before, engine_times(url))
+        measure_together(url, CLIENTS, manager)
+        yield measure_together(url, TOGETHER, manager)
+
+
+def measure_together(url: str, num_requests: int, manager: SyncManager) -> dict[str, Any]:
+    """Requests that all arrive at once, each over a stream of its own, until the last one is done."""
+    barrier = manager.Barrier(CLIENTS)
+    with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        seeds = range(CLIENTS)
+        futures = [pool.submit(run_together, url, num_requests // CLIENTS, seed, barrier) for seed in seeds]
+        reports = [future.result() for future in futures]
+    seconds = max(ended for _, ended in reports) - min(began for began, _ in reports)
+    return {
+        "requests": f"{num_requests} x {PROMPT_TOKENS}/{OUTPUT_TOKENS}",
+        "tokens_per_s": round(num_requests * OUTPUT_TOKENS / seconds),
+        "s": round(seconds, 2),
+    }
+
+
+def run_together(url: str, num_requests: int, seed: int, barrier: Any) -> tuple[float, float]:
+    """One client process: when it sent its first request, and when the last one was done."""
+    return asyncio.run(_run_together(url, num_requests, seed, barrier))
+
+
+async def _run_together(url: str, num_requests: int, seed: int, barrier: Any) -> tuple[float, float]:
+    rng = random.Random(seed)
+    prompts = [rng.choices(PROMPT_IDS, k=PROMPT_TOKENS) for _ in range(num_requests)]
+
+    async def run(client: AsyncClient, prompt: list[int]) -> None:
+        num_tokens = 0
+        async with client.stream(prompt, max_tokens=OUTPUT_TOKENS, temperature=0) as stream:
+            async for delta in stream:
+                num_tokens += len(delta.token_ids)
+        if num_tokens != OUTPUT_TOKENS:
+            raise RuntimeError(f"a request ended after {num_tokens} tokens")
+
+    async with AsyncClient(url, timeout_s=REQUEST_TIMEOUT_S) as client:
+        await client.is_ready()
+        await asyncio.to_thread(barrier.wait, REQUEST_TIMEOUT_S)
+        began = time.monotonic()
+        await asyncio.gather(*(run(client, prompt) for prompt in prompts))
+    return began, time.monotonic()
 
 
 def gpu_state() -> str:
