@@ -76,9 +76,9 @@ def build(
         typer.Option(help="openvino for CPUs, tensorrt for the GPU of this machine."),
     ] = "openvino",
     precision: Annotated[
-        Literal["float32", "bf16", "fp16", "int8"] | None,
+        Literal["float32", "bf16", "fp16", "int8", "fp8"] | None,
         typer.Option(
-            help="What the engine computes in; int8 is bf16 with weights of 8 bits, on GPUs; "
+            help="What the engine computes in; int8 and fp8 are bf16 with weights of 8 bits, on GPUs; "
             "default: float32 on CPUs, bf16 on GPUs."
         ),
     ] = None,

@@ -212,7 +212,7 @@ def _measure(
         workload = text_workload(text, source.directory, block_size, limits, max_logits_rows=rows)
     decoder = load_decoder(source, limits.max_model_len).to(builder.reference_device)
     dtype = torch.float32
-    if manifest.precision == "int8":
+    if manifest.precision in ("int8", "fp8"):
         dtype = torch.bfloat16
         round_in_place(decoder, dtype)
     reference = TorchExecutor(decoder, source.config, workload.num_blocks, block_size, dtype)

@@ -58,6 +58,7 @@ from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire_build.decoder import Decoder
 from quire_build.gate import compare, describe, gate_workload
 from quire_build.quantization import WEIGHT_GROUP
+from quire_build.tensorrt.builder import NARROW_WEIGHTS
 from quire_build.torch_executor import TorchExecutor
 
 BATCHES, CONTEXTS, PREFILLS = (1, 8, 32, 64, 128, 256, 512, 1024), (200, 2000), (512, 2048, 8192)
@@ -383,7 +384,7 @@ def measure_decode(name: str, results: Results, loaded: LoadedPlan, peer: Peer, 
     manifest = loaded.engine.manifest
     config = SHAPES[name].decoder_config
     weights = RandomWeights(config, 1, DTYPES[manifest.precision])
-    element_bytes = 1 + 2 / WEIGHT_GROUP if manifest.precision == "int8" else 2
+    element_bytes = 1 + 2 / WEIGHT_GROUP if manifest.precision in NARROW_WEIGHTS else 2
     weight_bytes = weights.num_read_elements * element_bytes
     token_bytes = manifest.kv_bytes_per_block // BLOCK_SIZE
     for context in CONTEXTS:
@@ -513,7 +514,7 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
     against float32 weights."""
     from quire_build.pipeline import build  # needs tritonclient
 
-    precisions: tuple[Precision, ...] = ("bf16", "fp16", "int8")
+    precisions: tuple[Precision, ...] = ("bf16", "fp16", "int8", "fp8")
     for precision in precisions:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "repository"
@@ -531,7 +532,7 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
         results.add(gate=SMALL_CHECKPOINT.name, precision=precision, **msgspec.to_builtins(gate))
     check_shape("8b int8", results, options, clock, workloads=WORKLOADS[1:2])
     shape = SHAPES["2 layers of 8b"]
-    for precision in precisions[:2]:  # int8 wants another reference
+    for precision in precisions[:2]:  # eight bits want another reference
         if clock.left_s < 90:
             results.add(gate="2 layers of 8b", precision=precision, skipped="no time")
             continue

@@ -41,7 +41,7 @@ WEIGHT_BYTES = 600 << 20
 """Of one kind's weights together: many times the L2 cache."""
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
-    "weight_group": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
+    "weight_group": 0, "weight_float": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
 }  # fmt: skip
 KINDS = {
     "qkv": Linear(k=HIDDEN, n=6144, **(PLAIN | {"normed": 1})),

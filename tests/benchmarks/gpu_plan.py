@@ -25,9 +25,8 @@ from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
 from quire_build.engine_builder import EngineOptions, engine_manifest
 from quire_build.export import export_graph
-from quire_build.quantization import WEIGHT_GROUP
 from quire_build.rope import cosine_and_sine
-from quire_build.tensorrt.builder import TensorRTBuilder, built_plan
+from quire_build.tensorrt.builder import NARROW_WEIGHTS, TensorRTBuilder, built_plan
 from quire_build.tensorrt.plan import PlanOptions, build_plan
 
 LIMITS = EngineLimits(max_num_seqs=1024, max_num_batched_tokens=8192, max_model_len=4096)
@@ -35,6 +34,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "int8": torch.bfloat16,
+    "fp8": torch.bfloat16,
 }
 """Of activations, KV and weights that are not quantised."""
 STANDARD_DEVIATION = 0.02
@@ -155,7 +155,7 @@ def build_random_plan(
         block_size=BLOCK_SIZE,
         kv_bytes_per_block=kv_bytes_per_block,
         pool_bytes=pool_bytes,
-        weight_group=WEIGHT_GROUP if precision == "int8" else 0,
+        narrow=NARROW_WEIGHTS.get(precision),
     )
     weights = RandomWeights(config, limits.max_model_len, dtype)
     plan = build_plan(graph, weights, options, lambda line: print(line, flush=True))

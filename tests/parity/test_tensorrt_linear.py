@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
-    "weight_group": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
+    "weight_group": 0, "weight_float": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "normed": {"normed": 1, "biased": 1},
@@ -50,9 +50,11 @@ TILES = (
 """Split into many and few, and finished by halves; none of them fits the layers below."""
 
 
-def quantized(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A weight [n, k] as int8, as the operator takes it, its scales, and what the two stand for."""
-    narrow = quantize_in_groups(weight, "int8", weight.dtype, group)
+def quantized(weight: torch.Tensor, layer: Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight [n, k] as the operator takes it in eight bits, its scales, and what the two stand for."""
+    narrow = quantize_in_groups(
+        weight, "fp8" if layer.weight_float else "int8", weight.dtype, layer.weight_group
+    )
     scales = narrow.scales.T.contiguous()
     return narrow.values.view(torch.int32), scales, narrow.dequantized().to(weight.dtype)
 
@@ -84,7 +86,7 @@ def check(
     if computed is not None:
         x[computed:] = math.nan
     if layer.weight_group:
-        operand, scales, weight = quantized(weight, layer.weight_group)
+        operand, scales, weight = quantized(weight, layer)
     inputs = [x, operand, squares, residual, gain, bias, scales, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
@@ -214,6 +216,15 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
         torch.testing.assert_close(outputs[0].float(), expected, atol=1e-3, rtol=2**-11)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_may_be_floats_of_eight_bits(kind: str) -> None:
+    narrow = {"weight_group": 64, "weight_float": 1}
+    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | narrow))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    for tile in tiles(layer.n, layer.k, bool(layer.gated), layer.weight_group):
+        check(layer, 17, tile, state)
+
+
 LAYERS = pytest.mark.parametrize(
     ("n", "k", "gated"),
     [(6144, 4096, 0), (4096, 4096, 0), (14336, 4096, 1), (4096, 14336, 0), (128256, 4096, 0), (96, 64, 1)],
@@ -289,7 +300,8 @@ from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.linear_tiles import tile_bytes
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
-flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1, weight_group=0, shared_bytes=48 * 1024)
+eight_bits = dict(weight_group=0, weight_float=0)
+flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1, shared_bytes=48 * 1024, **eight_bits)
 plain = Linear(gated=0, adds_residual=1, wide_output=0, **flags)
 gated = Linear(gated=1, adds_residual=0, wide_output=0, **flags)
 wide = Linear(gated=0, adds_residual=0, wide_output=1, **flags)
@@ -302,6 +314,8 @@ for layer in (plain, gated):
         # Those that are among the shallow ones have been compiled.
         deep = replace(shallow, shared_bytes=227 * 1024)
         cases += [(90, deep, tactic) for tactic, tile in enumerate(deep._tiles) if tile not in shallow._tiles]
+floating = replace(plain, weight_group=64, weight_float=1, shared_bytes=227 * 1024)
+cases += [(90, floating, tactic) for tactic in (0, floating.num_tactics - 1)]
 cases += [(90, wide, wide.num_tactics - 1), (80, plain, plain.num_tactics - 1), (89, gated, 1)]
 for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
     launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer._tiles[tactic]

@@ -30,7 +30,7 @@ from tests.parity.test_tensorrt_operators import run
 
 from quire.errors import UnsupportedModelError
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
-from quire_build.quantization import WEIGHT_GROUP, quantize_in_groups
+from quire_build.quantization import NarrowType, quantize_in_groups
 from quire_build.tensorrt import operators
 from quire_build.tensorrt.builder import weight_bytes
 from quire_build.tensorrt.lowering import lower
@@ -147,7 +147,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[operators.Operator]:
 
 def written(
     model: onnx.ModelProto,
-    weight_group: int = 0,
+    narrow: NarrowType | None = None,
     inputs: dict[str, Array] | None = None,
     shared_bytes: int = DEFAULT_SHARED_BYTES,
 ) -> Network:
@@ -164,7 +164,7 @@ def written(
         lowered,
         weights.__getitem__,
         dtype=torch.float32,
-        weight_group=weight_group,
+        narrow=narrow,
         shared_bytes=shared_bytes,
         pool=pool,
         max_num_seqs=8,
@@ -186,11 +186,13 @@ def test_network_computes_the_models_logits(model: onnx.ModelProto) -> None:
     assert "PagedAttend:" in "".join(network.layer_names)
 
 
-@pytest.mark.parametrize("weight_group", [0, WEIGHT_GROUP], ids=["", "int8"])
+@pytest.mark.parametrize("narrow", [None, "int8"])
 @pytest.mark.usefixtures("tensorrt")
-def test_padding_changes_no_logits_and_samples_nothing(model: onnx.ModelProto, weight_group: int) -> None:
+def test_padding_changes_no_logits_and_samples_nothing(
+    model: onnx.ModelProto, narrow: NarrowType | None
+) -> None:
     """What the operators leave out stays as `run` has made it: not a number, and -7."""
-    alone, padded = written(model, weight_group), written(model, weight_group, padded_step())
+    alone, padded = written(model, narrow), written(model, narrow, padded_step())
     assert padded.marked["logits"].shape == (6, 48)
     np.testing.assert_allclose(
         padded.marked["logits"][:3].numpy(), alone.marked["logits"].numpy(), atol=2e-4, rtol=2e-4
@@ -209,29 +211,32 @@ def test_linear_layers_know_how_much_shared_memory_there_is_and_which_of_them_ma
     assert [layer.wide_output for layer in layers] == [0] * (len(layers) - 1) + [1]
 
 
+@pytest.mark.parametrize("narrow", ["int8", "fp8"])
 @pytest.mark.usefixtures("tensorrt")
-def test_network_of_int8_computes_the_logits_of_the_quantised_model(model: onnx.ModelProto) -> None:
+def test_network_of_eight_bits_computes_the_logits_of_the_quantised_model(
+    model: onnx.ModelProto, narrow: NarrowType
+) -> None:
     """The last group of the down projection, with 80 inputs, is shorter than the others."""
     quantized = copy.deepcopy(model)
     linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     assert "lm_head.weight" in linear
     for weight in quantized.graph.initializer:
         if weight.name in linear:
-            values = quantize_in_groups(torch.tensor(numpy_helper.to_array(weight)), "int8", torch.float32)
+            values = quantize_in_groups(torch.tensor(numpy_helper.to_array(weight)), narrow, torch.float32)
             weight.CopyFrom(numpy_helper.from_array(values.dequantized().numpy(), weight.name))
-    network = written(model, WEIGHT_GROUP)
+    network = written(model, narrow)
     expected = logits(quantized)
     np.testing.assert_allclose(network.marked["logits"].numpy(), expected, atol=2e-4, rtol=2e-4)
     assert np.abs(logits(model) - expected).max() > 0.01
 
 
-@pytest.mark.parametrize("weight_group", [0, WEIGHT_GROUP], ids=["", "int8"])
+@pytest.mark.parametrize("narrow", [None, "int8"])
 @pytest.mark.usefixtures("tensorrt")
 def test_the_weights_take_as_much_as_the_pools_size_rests_on(
-    model: onnx.ModelProto, weight_group: int
+    model: onnx.ModelProto, narrow: NarrowType | None
 ) -> None:
-    expected = written(model, weight_group).constant_bytes
-    assert weight_bytes(model, 4, weight_group) == pytest.approx(expected, rel=0.01)
+    expected = written(model, narrow).constant_bytes
+    assert weight_bytes(model, 4, narrow is not None) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.usefixtures("tensorrt")
@@ -242,4 +247,4 @@ def test_int8_needs_whole_words_of_a_row(model: onnx.ModelProto) -> None:
             values = numpy_helper.to_array(weight)[:, :-1].copy()
             weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     with pytest.raises(UnsupportedModelError, match="63 inputs"):
-        written(other, WEIGHT_GROUP)
+        written(other, "int8")

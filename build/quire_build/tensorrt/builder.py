@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     import onnx
 
     from quire_build.decoder_config import DecoderConfig
+    from quire_build.quantization import NarrowType
 
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
+NARROW_WEIGHTS: Mapping[Precision, NarrowType] = {"int8": "int8", "fp8": "fp8"}
+"""Precisions in which linear layers have weights of eight bits, and everything else is bf16."""
 
 
 class TensorRTBuilder:
@@ -33,7 +36,7 @@ class TensorRTBuilder:
 
     runtime: Runtime = "tensorrt"
     block_size = 16
-    kv_element_bytes: Mapping[Precision, int] = {"bf16": 2, "fp16": 2, "int8": 2}
+    kv_element_bytes: Mapping[Precision, int] = {"bf16": 2, "fp16": 2, "int8": 2, "fp8": 2}
     reference_device = "cuda"
     default_placement = EnginePlacement.IN_PROCESS
 
@@ -52,23 +55,22 @@ class TensorRTBuilder:
         import torch
 
         from quire_build.export import export_graph
-        from quire_build.quantization import WEIGHT_GROUP
         from quire_build.tensorrt.plan import PlanOptions, build_plan
 
         config, limits = source.config, options.limits
         progress(f"exporting the graph of {source.directory} ({config.architecture})")
         graph = export_graph(config, self.block_size, limits.max_model_len)
         element_bytes = self.kv_element_bytes[options.precision]
-        weight_group = WEIGHT_GROUP if options.precision == "int8" else 0
+        narrow = NARROW_WEIGHTS.get(options.precision)
         plan_options = PlanOptions(
             dtype=torch.float16 if options.precision == "fp16" else torch.bfloat16,
             limits=limits,
             block_size=self.block_size,
             kv_bytes_per_block=config.kv_elements_per_token * self.block_size * element_bytes,
             pool_bytes=self._hosted_pool_bytes(
-                options, config, weight_bytes(graph, element_bytes, weight_group)
+                options, config, weight_bytes(graph, element_bytes, narrow is not None)
             ),
-            weight_group=weight_group,
+            narrow=narrow,
             timing_cache=_cache_directory() / TIMING_CACHE_FILE,
         )
         weight = checkpoint_weights(source, limits.max_model_len)
@@ -120,22 +122,24 @@ def built_plan(details: PlanDetails) -> BuiltEngine:
     )
 
 
-def weight_bytes(model: onnx.ModelProto, element_bytes: int, weight_group: int) -> int:
+def weight_bytes(model: onnx.ModelProto, element_bytes: int, narrow: bool) -> int:
     """Bytes of a plan's weights.
 
     Args:
         model: model.onnx, not lowered yet.
         element_bytes: of weights that stay in the model's type.
-        weight_group: inputs of a linear layer that share a scale, its weights being int8; 0 if none is.
+        narrow: whether linear layers have weights of eight bits, in groups.
     """
-    linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"} if weight_group else set()
+    from quire_build.quantization import WEIGHT_GROUP
+
+    linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"} if narrow else set()
     others = {name for node in model.graph.node for name in node.input if node.op_type != "Gemm"}
     total = 0
     for weight in model.graph.initializer:
         elements = math.prod(weight.dims)
         if weight.name in linear:
             rows, columns = weight.dims
-            total += elements + rows * -(-columns // weight_group) * element_bytes
+            total += elements + rows * -(-columns // WEIGHT_GROUP) * element_bytes
         # An embedding that is the output layer as well is there twice.
         if weight.name not in linear or weight.name in others:
             total += elements * element_bytes

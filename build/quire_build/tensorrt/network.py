@@ -19,7 +19,7 @@ from torch import Tensor
 from quire.errors import UnsupportedModelError
 from quire.execution.engine_state import MAX_POOLS
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
-from quire_build.quantization import quantize_in_groups
+from quire_build.quantization import WEIGHT_GROUP, NarrowType, quantize_in_groups
 from quire_build.tensorrt.lowering.attention import POOL
 from quire_build.tensorrt.lowering.graph import attribute
 from quire_build.tensorrt.lowering.step import STATE
@@ -57,8 +57,7 @@ class NetworkWriter:
         model: what `lower` returned, with or without its weights' data.
         weight: the checkpoint's tensors by name, in any type.
         dtype: type of weights, activations and the pool.
-        weight_group: inputs of a linear layer's output channel that share a scale, its weights being int8; 0
-            if they are of `dtype`.
+        narrow: type of linear layers' weights, which have scales by groups of inputs; None if it is `dtype`.
         shared_bytes: shared memory that a program of a linear layer may have.
         pool: how the pool will be bound.
         max_num_seqs: rows of logits in one step, at most.
@@ -71,7 +70,7 @@ class NetworkWriter:
         weight: Callable[[str], Tensor],
         *,
         dtype: torch.dtype,
-        weight_group: int = 0,
+        narrow: NarrowType | None = None,
         shared_bytes: int = DEFAULT_SHARED_BYTES,
         pool: PoolLayout,
         max_num_seqs: int,
@@ -79,7 +78,7 @@ class NetworkWriter:
         import tensorrt as trt
 
         self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
-        self._dtype, self._weight_group, self._shared_bytes = dtype, weight_group, shared_bytes
+        self._dtype, self._narrow, self._shared_bytes = dtype, narrow, shared_bytes
         self._pool, self._max_num_seqs = pool, max_num_seqs
         self._types = {
             torch.bfloat16: trt.bfloat16,
@@ -154,20 +153,20 @@ class NetworkWriter:
         dtype = torch.float32 if name in TABLES else self._dtype
         return self._weight(name).detach().to("cpu", dtype).contiguous()
 
-    def _quantized(self, name: str) -> tuple[Any, Any]:
-        """A linear layer's weight [n, k] as int8, bound as int32 [n, k / 4], and its scales [groups, n].
+    def _quantized(self, name: str, narrow: NarrowType) -> tuple[Any, Any]:
+        """A linear layer's weight [n, k] of eight bits, bound as int32 [n, k / 4]; its scales [groups, n].
 
         One of the checkpoint's tensors is quantised at a time, from its own type.
         """
         parts = self._stacks[name].input if name in self._stacks else [name]
         quantized = [
-            quantize_in_groups(self._weight(part).detach().cpu(), "int8", self._dtype, self._weight_group)
-            for part in parts
+            quantize_in_groups(self._weight(part).detach().cpu(), narrow, self._dtype) for part in parts
         ]
         values = torch.cat([part.values for part in quantized])
         if values.shape[1] % 4:
             raise UnsupportedModelError(
-                f"a plan of int8 cannot run a linear layer of {values.shape[1]} inputs, only multiples of 4"
+                f"a plan of {narrow} cannot run a linear layer of {values.shape[1]} inputs, only of "
+                "multiples of 4"
             )
         scales = torch.cat([part.scales for part in quantized]).T.contiguous()
         return self._constant(values.view(torch.int32)), self._constant(scales)
@@ -226,8 +225,8 @@ class NetworkWriter:
         x, weight, *others = node.input
         rows = self._tensor(x)
         tensors = [self._tensor(name) if name else rows for name in others]
-        if self._weight_group:
-            matrix, scales = self._quantized(weight)
+        if self._narrow is not None:
+            matrix, scales = self._quantized(weight, self._narrow)
         else:
             matrix, scales = self._tensor(weight), rows
         self._add_own(
@@ -238,7 +237,8 @@ class NetworkWriter:
             gated=0,
             adds_residual=0,
             wide_output=0,
-            weight_group=self._weight_group,
+            weight_group=WEIGHT_GROUP if self._narrow else 0,
+            weight_float=int(self._narrow == "fp8"),
             shared_bytes=self._shared_bytes,
         )
 

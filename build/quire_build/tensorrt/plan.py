@@ -22,6 +22,7 @@ from quire.execution.manifest import EngineLimits, PlanDetails
 from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, allow_shared_memory
 from quire_build.engine_builder import Progress
+from quire_build.quantization import NarrowType
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.machine import this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
@@ -29,6 +30,8 @@ from quire_build.tensorrt.plugins import register_plugins
 
 PROFILE_ENDS = (16, 64, 128, 256, 1024)
 """Tokens at which a profile ends and the next begins: kernels want other tiles beyond."""
+FP8_ARCHITECTURE = 89
+"""Compute capability from which on GPUs convert e4m3."""
 LARGEST_TENSOR = 2**31 - 1
 """Elements of a tensor, at most."""
 POOL_ELEMENT_BYTES = 8
@@ -47,8 +50,7 @@ class PlanOptions:
         kv_bytes_per_block: of all layers.
         pool_bytes: size of the pool if whoever binds the inputs gives them their largest shape, as Triton's
             backend does; 0 if the pool is bound by its address, whatever its size.
-        weight_group: inputs of an output channel that share a scale where linear layers have weights of int8;
-            0 if they are of `dtype`.
+        narrow: type of linear layers' weights, which have scales by groups of inputs; None if it is `dtype`.
         timing_cache: file in which TensorRT keeps what it measured, read if there and written afterwards.
     """
 
@@ -57,7 +59,7 @@ class PlanOptions:
     block_size: int
     kv_bytes_per_block: int
     pool_bytes: int = 0
-    weight_group: int = 0
+    narrow: NarrowType | None = None
     timing_cache: Path | None = None
 
     @property
@@ -123,6 +125,10 @@ def build_plan(
     """
     trt, gpu = tensorrt_module(), this_gpu()
     pool = options.pool
+    if options.narrow == "fp8" and gpu.architecture < FP8_ARCHITECTURE:
+        raise BuildError(
+            f"{gpu.name} has no fp8, which takes compute capability 8.9; --precision int8 takes as few bytes"
+        )
     # Nobody is there to raise the limit where Triton launches the kernels.
     shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else gpu.shared_bytes
     progress(f"lowering the graph for {gpu.name}")
@@ -136,7 +142,7 @@ def build_plan(
         model,
         weight,
         dtype=options.dtype,
-        weight_group=options.weight_group,
+        narrow=options.narrow,
         shared_bytes=shared_bytes,
         pool=pool,
         max_num_seqs=options.limits.max_num_seqs,

@@ -151,6 +151,7 @@ def linear(
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHT_GROUP: tl.constexpr,
+    WEIGHT_FLOAT: tl.constexpr,
     COUNTED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -163,8 +164,8 @@ def linear(
 
     Args:
         x: [num_rows, K]; when NORMED, rows times the norm's weight, not divided by their root mean square.
-        weight: [N, K]; when GATED [2 * N, K], the gate's rows first. With a WEIGHT_GROUP int8, four to an
-            int32.
+        weight: [N, K]; when GATED [2 * N, K], the gate's rows first. With a WEIGHT_GROUP of eight bits, four
+            to an int32.
         squares: float32 [num_rows, K / SQUARES_WIDTH], sums of squares of the rows before the norm's weight;
             not read unless NORMED.
         residual: [num_rows, N], added to the result; not read unless RESIDUAL.
@@ -181,6 +182,7 @@ def linear(
             splits.
         WEIGHT_GROUP: inputs of a weight that share a scale, a multiple of BLOCK_K; 0 where weights have the
             rows' type.
+        WEIGHT_FLOAT: whether weights of eight bits are floats (e4m3) and not integers.
         COUNTED: what a row is, for `step_size.used`. Tiles of padding alone are left out; the rows of padding
             in others are computed.
         BLOCK_N: a multiple of SQUARES_WIDTH when RESIDUAL.
@@ -223,7 +225,10 @@ def linear(
     w_n = column * BLOCK_N + of_tile % BLOCK_N
     if WEIGHT_GROUP:
         tl.static_assert(WEIGHT_GROUP % BLOCK_K == 0)
-        weight = weight.to(tl.pointer_type(tl.int8), bitcast=True)
+        if WEIGHT_FLOAT:
+            weight = weight.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+        else:
+            weight = weight.to(tl.pointer_type(tl.int8), bitcast=True)
         scale_of_tile = scales + of_tile // BLOCK_N * N + w_n
         # A tile ahead, since nothing else hides how long this takes.
         group = begin * BLOCK_K // WEIGHT_GROUP

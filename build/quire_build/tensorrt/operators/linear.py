@@ -20,9 +20,9 @@ class Linear:
     [T, k / SQUARES_WIDTH], read when ``normed``; residual [T, n] and next_norm [n], read when
     ``adds_residual``; bias, as many as weight has rows, read when ``biased``; scales; engine_state, which
     lends counters. Where an input is not read, any will do.
-    With a ``weight_group``, weight is int8, bound as int32 [n, k / 4], and scales
-    [ceil(k / weight_group), rows of weight] are read: one for so many inputs. 0 is a weight of the model's
-    type.
+    With a ``weight_group``, weight is int8, or e4m3 if ``weight_float``, bound as int32 [n, k / 4], and
+    scales [ceil(k / weight_group), rows of weight] are read: one for so many inputs. 0 is a weight of the
+    model's type.
     A program may have ``shared_bytes`` of shared memory. The result is ``wide_output``, float32, where it is
     logits, whose rows are not the step's tokens.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
@@ -38,6 +38,7 @@ class Linear:
     biased: int
     wide_output: int
     weight_group: int
+    weight_float: int
     shared_bytes: int
 
     INPUTS: ClassVar[tuple[str, ...]] = (
@@ -112,6 +113,7 @@ class Linear:
                 "RESIDUAL": bool(self.adds_residual),
                 "BIAS": bool(self.biased),
                 "WEIGHT_GROUP": self.weight_group,
+                "WEIGHT_FLOAT": bool(self.weight_float),
                 "COUNTED": (ROWS if self.wide_output else TOKENS).value,
                 "SPLITS": tile.splits,
                 "BLOCK_M": tile.block_m,
