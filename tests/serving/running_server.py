@@ -163,11 +163,11 @@ def started(repository: Path, *flags: str) -> Iterator[RunningServer]:
 
 
 @contextlib.contextmanager
-def bare_server(repository: Path, *flags: str) -> Iterator[RunningServer]:
+def bare_server(repository: Path, *flags: str, triton_flags: str = "") -> Iterator[RunningServer]:
     """A tritonserver started without the launcher, ready when the block begins and gone when it has ended."""
     ports = Ports.free()
-    line = printed_command(repository, *ports.flags, *flags)
-    server = RunningServer.start(["sh", "-c", f"exec {line}"], ports)
+    line = printed_command(repository, *ports.flags, *flags).strip()
+    server = RunningServer.start(["sh", "-c", f"exec {line} {triton_flags}"], ports)
     try:
         server.wait_for_line("Started HTTPService")
         yield server

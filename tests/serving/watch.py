@@ -48,6 +48,12 @@ class Watch:
         """Kill the process of a hosted engine."""
         os.kill(self._rendezvous.engine().pid, signal.SIGKILL)
 
+    def kill_scheduler(self) -> None:
+        """Kill the scheduler's process."""
+        scheduler = self._rendezvous.scheduler()
+        assert scheduler is not None
+        os.kill(scheduler.pid, signal.SIGKILL)
+
     def close(self) -> None:
         self._rendezvous.close()
 

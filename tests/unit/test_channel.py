@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -57,6 +57,10 @@ else:
     print("submitted", flush=True)
 sys.stdin.read()
 """
+
+
+def ignore(message: object) -> None:
+    """What a frontend does with messages that the test isn't about."""
 
 
 @dataclass
@@ -240,6 +244,24 @@ def test_a_killed_scheduler_is_noticed_at_once(wiring: Wiring) -> None:
     assert not frontend.channel.wait_connected(0)
 
 
+def test_that_no_scheduler_answers_is_told_until_one_does(wiring: Wiring) -> None:
+    heard: queue.Queue[str | float] = queue.Queue()
+    channel = FrontendChannel(
+        wiring.rendezvous, "f", ignore, ignore, heard.put, TALKATIVE, on_no_answer=heard.put
+    )
+    wiring.stack.callback(channel.close)
+    before = [heard.get(timeout=PATIENCE_S) for _ in range(2)]
+    assert before == sorted(before, key=float)
+    scheduler = wiring.process("scheduler")
+    assert channel.wait_connected(PATIENCE_S)
+    while not heard.empty():
+        heard.get()
+    channel.submit(submit("a"))
+    scheduler.kill()
+    assert heard.get(timeout=PATIENCE_S) == "a"
+    assert isinstance(heard.get(timeout=PATIENCE_S), float)
+
+
 def test_a_scheduler_that_hangs_is_noticed_by_its_silence(wiring: Wiring) -> None:
     scheduler = wiring.process("scheduler")
     frontend = wiring.connected_frontend(HASTY)
@@ -342,7 +364,6 @@ def test_an_error_in_a_callback_ends_nothing_else(wiring: Wiring) -> None:
         if heard.qsize() == 1:
             raise ZeroDivisionError
 
-    ignore: Callable[[object], None] = lambda _: None  # noqa: E731
     scheduler = wiring.scheduler()
     channel = FrontendChannel(wiring.rendezvous, "f", fail_once, ignore, ignore)
     wiring.stack.callback(channel.close)

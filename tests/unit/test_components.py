@@ -24,6 +24,7 @@ from quire.execution.model_inputs import ModelInputs
 from quire.execution.openvino import OpenVINOEngine
 from quire.interface import ENGINE_OUTPUTS, STEP_INPUTS, EnginePlacement
 from quire.serving.component import ComponentArguments
+from quire.serving.rendezvous import Rendezvous
 
 PATIENCE_S = 30
 POOL_BLOCKS = 12
@@ -246,6 +247,22 @@ def test_the_scheduler_tells_its_statistics_before_the_engine_has_answered(
     statistics = msgspec.json.decode(answer[0])
     assert statistics["frontends"] == []
     assert statistics["running_requests"] == 0
+
+
+def test_the_scheduler_is_missed_only_while_it_is_loaded(
+    repository: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire.serving.scheduler.step_loop.ENGINE_PATIENCE_S", 0.01)
+    server = Rendezvous.for_server(os.getppid())
+    names = ("scheduler.component", "scheduler.triton_executor", "scheduler.metrics")
+    with inside_triton(*names) as (_, [module, *_]):
+        component = module.SchedulerComponent(arguments(repository, "scheduler"))
+        scheduler = server.scheduler()
+        component.finalize()
+    assert scheduler is not None
+    assert scheduler.pid == os.getpid()
+    assert server.scheduler() is None
+    server.close()
 
 
 def test_the_scheduler_drains_at_once_when_nothing_runs(

@@ -23,6 +23,7 @@ import os, sys
 from quire.serving.rendezvous import Rendezvous
 rendezvous = Rendezvous.for_server(int(sys.argv[1]))
 rendezvous.announce_engine()
+rendezvous.announce_scheduler()
 print(rendezvous.access_key.hex(), flush=True)
 sys.stdin.read()
 """
@@ -208,7 +209,8 @@ def test_the_engine_is_found_while_it_lives(runtime_dir: Path, holder: subproces
 def test_the_reason_of_the_end_is_there_once_it_was_announced(runtime_dir: Path) -> None:
     component, launcher = (Rendezvous.for_server(os.getpid()) for _ in range(2))
     assert launcher.reason_of_end() is None
-    component.announce_end("the GPU is lost")
+    assert component.announce_end("the GPU is lost")
+    assert not component.announce_end("it came first")
     component.close()
     assert launcher.reason_of_end() == "the GPU is lost"
     launcher.close()
@@ -218,4 +220,20 @@ def test_an_engine_not_loaded_yet_is_not_found(runtime_dir: Path) -> None:
     mine = Rendezvous.for_server(os.getpid())
     with pytest.raises(PeerLostError, match="not been loaded"):
         mine.engine()
+    mine.close()
+
+
+def test_the_scheduler_is_known_dead_or_alive_until_it_withdraws(
+    runtime_dir: Path, holder: subprocess.Popen[str]
+) -> None:
+    mine = Rendezvous.for_server(os.getpid())
+    _first_line(holder)
+    scheduler = Process.running(holder.pid)
+    assert mine.scheduler() == scheduler
+    holder.kill()
+    holder.wait()
+    assert mine.scheduler() == scheduler
+    mine.withdraw_scheduler()
+    mine.withdraw_scheduler()
+    assert mine.scheduler() is None
     mine.close()

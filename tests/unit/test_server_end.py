@@ -1,4 +1,4 @@
-"""Ending a server whose engine is dead; the server is a child of the test."""
+"""Ending a server that cannot serve any more; it is a child of the test."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
-from quire.errors import EngineDeadError
+from quire.errors import EngineDeadError, PeerLostError
 from quire.serving.rendezvous import Rendezvous
-from quire.serving.scheduler.server_end import ServerEnd
+from quire.serving.server_end import ServerEnd
 
 PATIENCE_S = 30
 ERROR = EngineDeadError(
@@ -70,7 +69,7 @@ def test_the_server_is_told_to_stop_and_killed_when_it_unloads_the_scheduler(
 def test_a_server_that_does_not_unload_the_scheduler_in_time_is_killed(
     stopping: subprocess.Popen[str], rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quire.serving.scheduler.server_end.LAST_RESPONSES_S", 0.0)
+    monkeypatch.setattr("quire.serving.server_end.LAST_RESPONSES_S", 0.0)
     ServerEnd(rendezvous).begin(ERROR)
     assert stopping.wait(PATIENCE_S) == -signal.SIGKILL
 
@@ -78,12 +77,26 @@ def test_a_server_that_does_not_unload_the_scheduler_in_time_is_killed(
 def test_a_server_ends_even_if_the_reason_cannot_be_written(
     stopping: subprocess.Popen[str], rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, reason: str) -> None:
+    def full(self: Rendezvous, reason: str) -> bool:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Rendezvous, "announce_end", full)
     ServerEnd(rendezvous).begin(ERROR)
     assert line_of(stopping) == "stopping"
+
+
+def test_of_two_components_that_end_the_server_one_says_why(
+    stopping: subprocess.Popen[str], rendezvous: Rendezvous, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = [ServerEnd(rendezvous), ServerEnd(rendezvous)]
+    ends[0].begin(ERROR)
+    ends[1].begin(PeerLostError("another reason"))
+    assert line_of(stopping) == "stopping"
+    assert rendezvous.reason_of_end() == str(ERROR)
+    assert [record.message for record in caplog.records] == [str(ERROR)]
+    ends[1].complete()
+    assert stopping.wait(PATIENCE_S) == -signal.SIGKILL
+    ends[0].complete()
 
 
 def test_a_server_whose_engine_lives_is_left_alone(

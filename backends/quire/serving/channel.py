@@ -260,6 +260,7 @@ class FrontendChannel:
         on_refusal: called with the error that ended one request.
         on_lost: called with the id of each request that was under way when the scheduler was lost.
         times: how patient to be.
+        on_no_answer: called with the time when the scheduler is lost and after each vain attempt to reach it.
     """
 
     def __init__(
@@ -270,6 +271,8 @@ class FrontendChannel:
         on_refusal: Callable[[Refusal], None],
         on_lost: Callable[[str], None],
         times: PeerTimes | None = None,
+        *,
+        on_no_answer: Callable[[float], None] = lambda now: None,
     ) -> None:
         self.statistics = ChannelStatistics()
         self._endpoint = rendezvous.scheduler_endpoint
@@ -277,6 +280,7 @@ class FrontendChannel:
         self._on_step = on_step
         self._on_refusal = on_refusal
         self._on_lost = on_lost
+        self._on_no_answer = on_no_answer
         self._times = times or PeerTimes()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToFrontend).decode
@@ -330,6 +334,7 @@ class FrontendChannel:
                 except zmq.ZMQError:
                     _log.exception("the connection to the scheduler failed")
             self._end_session()
+            _report(self._on_no_answer, time.monotonic())
             self._closing.wait(self._times.retry_s)
         self._context.term()
 

@@ -1,9 +1,9 @@
 """Where the processes of one server start find each other: a private folder named after the server.
 
-The folder holds the access key of this start, the scheduler's socket and the engine's process id. It is
-0700 and is named after the server's process id and start time, since a process id may be used again;
-every stub finds it by asking for its parent. Whoever comes first makes it, whoever goes last removes it:
-each process keeps a shared lock on the folder while it lives, which the kernel gives back even after
+The folder holds the access key of this start, the scheduler's socket, and the process ids of scheduler and
+engine. It is 0700 and is named after the server's process id and start time, since a process id may be used
+again; every stub finds it by asking for its parent. Whoever comes first makes it, whoever goes last removes
+it: each process keeps a shared lock on the folder while it lives, which the kernel gives back even after
 `kill -9`, so that folders nobody holds are known to be left over. What is said over the socket is
 `channel`'s business.
 """
@@ -76,10 +76,24 @@ class Rendezvous:
         """ZeroMQ address at which the scheduler listens."""
         return f"ipc://{self.path / 'scheduler.sock'}"
 
+    def announce_scheduler(self) -> None:
+        """Make this process known as the scheduler's."""
+        _publish_this_process(self.path / "scheduler")
+
+    def withdraw_scheduler(self) -> None:
+        """From now on, there is no scheduler; so nobody misses it."""
+        (self.path / "scheduler").unlink(missing_ok=True)
+
+    def scheduler(self) -> Process | None:
+        """The process that hosts the scheduler, dead or alive; None where none is loaded."""
+        try:
+            return _published_process(self.path / "scheduler")
+        except OSError:
+            return None
+
     def announce_engine(self) -> None:
         """Make this process known as the engine's."""
-        engine = Process.running(os.getpid())
-        _publish(self.path / "engine", f"{engine.pid} {engine.start_time}".encode())
+        _publish_this_process(self.path / "engine")
 
     def engine(self) -> Process:
         """The process that hosts the engine.
@@ -88,17 +102,16 @@ class Rendezvous:
             PeerLostError: none has announced itself yet, or it is gone.
         """
         try:
-            pid, start_time = map(int, (self.path / "engine").read_text().split())
+            engine = _published_process(self.path / "engine")
         except OSError:
             raise PeerLostError("the engine has not been loaded yet") from None
-        engine = Process(pid, start_time)
         if not engine.alive():
             raise PeerLostError("the engine's process is gone")
         return engine
 
-    def announce_end(self, reason: str) -> None:
-        """Make known why the server is about to end."""
-        _publish(self.path / "end", reason.encode())
+    def announce_end(self, reason: str) -> bool:
+        """Make known why the server is about to end; whether nobody else had done so."""
+        return _publish(self.path / "end", reason.encode(), replace=False)
 
     def reason_of_end(self) -> str | None:
         """Why the server ended, where a component has said so."""
@@ -170,19 +183,35 @@ def _shared_key(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _publish(path: Path, content: bytes, *, replace: bool = True) -> None:
-    """Write a 0600 file that others see whole or not at all; without `replace` the first one stays."""
+def _publish_this_process(path: Path) -> None:
+    process = Process.running(os.getpid())
+    _publish(path, f"{process.pid} {process.start_time}".encode())
+
+
+def _published_process(path: Path) -> Process:
+    pid, start_time = map(int, path.read_text().split())
+    return Process(pid, start_time)
+
+
+def _publish(path: Path, content: bytes, *, replace: bool = True) -> bool:
+    """Write a 0600 file that others see whole or not at all; without `replace` the first one stays.
+
+    Returns:
+        Whether the file is now this one.
+    """
     draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
     if replace:
         draft.rename(path)
-        return
+        return True
     try:
         path.hardlink_to(draft)
     except FileExistsError:
-        pass
+        return False
+    else:
+        return True
     finally:
         draft.unlink()
 

@@ -20,11 +20,13 @@ from quire.errors import QuireError
 from quire.execution.manifest import read_manifest
 from quire.serving.channel import FrontendChannel
 from quire.serving.component import ComponentArguments, join_server
+from quire.serving.frontend.dead_scheduler import DeadSchedulerWatch
 from quire.serving.frontend.generation_defaults import GenerationDefaults
 from quire.serving.frontend.outstanding import OutstandingRequests
 from quire.serving.frontend.request_parsing import RequestParser
 from quire.serving.frontend.stream import GenerationResponse
 from quire.serving.messages import Refusal, StepTokens
+from quire.serving.server_end import ServerEnd
 from quire.serving.tensors import Arrays, error_response, input_arrays, response, string_array
 from quire.text.tokenizer import Tokenizer
 
@@ -56,6 +58,8 @@ class Frontend:
             max_model_len=arguments.settings().within(manifest.limits).max_model_len,
         )
         self._rendezvous = join_server()
+        self._server_end = ServerEnd(self._rendezvous)
+        self._dead_scheduler = DeadSchedulerWatch(self._rendezvous, self._server_end.begin)
         self._outstanding = OutstandingRequests(tokenizer, self._open_channel)
 
     def _open_channel(
@@ -64,7 +68,15 @@ class Frontend:
         on_refusal: Callable[[Refusal], None],
         on_lost: Callable[[str], None],
     ) -> FrontendChannel:
-        return FrontendChannel(self._rendezvous, f"frontend {os.getpid()}", on_step, on_refusal, on_lost)
+        name = f"frontend {os.getpid()}"
+        return FrontendChannel(
+            self._rendezvous,
+            name,
+            on_step,
+            on_refusal,
+            on_lost,
+            on_no_answer=self._dead_scheduler.check,
+        )
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Accept or refuse each of Triton's requests; their responses come later or were sent already."""
@@ -83,6 +95,7 @@ class Frontend:
     def finalize(self) -> None:
         """End outstanding requests, then threads and connections."""
         self._outstanding.close(CLOSE_TIMEOUT_S)
+        self._server_end.complete()
         self._rendezvous.close()
 
 

@@ -24,9 +24,9 @@ from quire.serving.engine.loading import load_executor
 from quire.serving.rendezvous import Rendezvous
 from quire.serving.scheduler.hosted_plan import HostedPlanExecutor
 from quire.serving.scheduler.metrics import MetricsReporter
-from quire.serving.scheduler.server_end import ServerEnd
 from quire.serving.scheduler.step_loop import StepLoop
 from quire.serving.scheduler.triton_executor import TritonExecutor
+from quire.serving.server_end import ServerEnd
 from quire.serving.tensors import check_access, error_response, input_arrays, response, string_array
 from quire.settings import ServingSettings
 
@@ -45,6 +45,8 @@ class SchedulerComponent:
         manifest = read_manifest(arguments.engine_dir)
         settings = arguments.settings().within(manifest.limits)
         self._rendezvous = join_server()
+        # A predecessor that died is not missed any more.
+        self._rendezvous.withdraw_scheduler()
         executor = _executor(arguments, manifest, settings, self._rendezvous)
         self._channel = SchedulerChannel(self._rendezvous)
 
@@ -61,6 +63,7 @@ class SchedulerComponent:
             max_queued_requests=settings.max_queued_requests,
         )
         self._metrics = MetricsReporter(self._loop.statistics)
+        self._rendezvous.announce_scheduler()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer control requests, one after the other."""
@@ -69,6 +72,7 @@ class SchedulerComponent:
     def finalize(self) -> None:
         """End the loop and the channel; requests that are left end with an error."""
         self._server_end.complete()
+        self._rendezvous.withdraw_scheduler()
         self._metrics.close()
         self._loop.stop()
         self._channel.close()

@@ -1,13 +1,12 @@
-"""Ending the server whose engine is dead, so that a supervisor starts another one."""
+"""Ending a server that cannot serve any more, so that a supervisor starts another one."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import threading
 
-from quire.errors import EngineDeadError
+from quire.errors import PeerLostError
 from quire.serving.rendezvous import Rendezvous
 
 LAST_RESPONSES_S = 10.0
@@ -21,7 +20,8 @@ class ServerEnd:
 
     SIGTERM has Triton send the responses that are under way, refuse new requests and unload its models. Then
     its exit status would be 0, as that of a server which somebody told to stop. So it is killed as soon as it
-    unloads this component's model, when every response has been sent.
+    unloads this component's model, when every response has been sent. Several components may do this at once:
+    the reason of the first is told.
 
     Args:
         rendezvous: of the server; its launcher finds the reason there.
@@ -31,12 +31,11 @@ class ServerEnd:
         self._rendezvous = rendezvous
         self._begun = False
 
-    def begin(self, error: EngineDeadError) -> None:
+    def begin(self, error: PeerLostError) -> None:
         """Have the server stop because of `error`."""
-        _log.critical("%s", error)
         self._begun = True
-        with contextlib.suppress(OSError):
-            self._rendezvous.announce_end(str(error))
+        if self._is_first(error):
+            _log.critical("%s", error)
         self._rendezvous.server.signal(signal.SIGTERM)
         late = threading.Timer(LAST_RESPONSES_S, self.complete)
         late.daemon = True
@@ -46,3 +45,9 @@ class ServerEnd:
         """Kill the server if it is to end; called when it unloads the model."""
         if self._begun:
             self._rendezvous.server.signal(signal.SIGKILL)
+
+    def _is_first(self, error: PeerLostError) -> bool:
+        try:
+            return self._rendezvous.announce_end(str(error))
+        except OSError:
+            return True  # So at least the log has it.
