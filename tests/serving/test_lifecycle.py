@@ -156,7 +156,11 @@ def test_paths_that_a_shell_would_take_apart_are_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
+    temporary = tmp_path_factory.mktemp("t")
+    runtime_dir = temporary / "für mich"
+    runtime_dir.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_dir))
     own = Path(shutil.copytree(repository, tmp_path / "my models; the 'új' $(ones)" / "repository"))
     with serving(own, SMALL_POOL) as server, Client(server.ports.grpc_url) as client:
         assert client.generate(PROMPT, max_tokens=8, temperature=0).num_output_tokens == 8

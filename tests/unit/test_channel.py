@@ -97,9 +97,10 @@ class Wiring:
         assert frontend.channel.wait_connected(PATIENCE_S)
         return frontend
 
-    def process(self, role: str) -> subprocess.Popen[str]:
+    def process(self, role: str, **variables: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-c", PEER, str(os.getpid()), role],
+            env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -130,8 +131,14 @@ class Wiring:
 
 
 @pytest.fixture
-def wiring(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wiring]:
-    with TemporaryDirectory(prefix="q") as folder:
+def folder_name() -> str:
+    """What the name of the folder for rendezvous folders begins with."""
+    return "q"
+
+
+@pytest.fixture
+def wiring(folder_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wiring]:
+    with TemporaryDirectory(prefix=folder_name) as folder:
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
         wiring = Wiring(Rendezvous.for_server(os.getpid()))
         with wiring.stack:
@@ -306,6 +313,16 @@ def test_a_frontend_with_nothing_to_say_beats(wiring: Wiring) -> None:
         sender, payload = router.recv_multipart()
         assert sender == identity
         assert msgspec.msgpack.decode(payload, type=Heartbeat) == Heartbeat()
+
+
+@pytest.mark.parametrize("folder_name", ["größe"])
+def test_processes_that_take_paths_for_ascii_meet_in_any_folder(wiring: Wiring, folder_name: str) -> None:
+    ascii_paths = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    scheduler, frontend = wiring.process("scheduler", **ascii_paths), wiring.frontend()
+    assert frontend.channel.wait_connected(PATIENCE_S)
+    frontend.channel.submit(submit("a"))
+    assert scheduler.stdout is not None
+    assert [scheduler.stdout.readline() for _ in range(2)] == ["listening\n", "got a\n"]
 
 
 def test_only_peers_with_the_key_are_heard(wiring: Wiring) -> None:

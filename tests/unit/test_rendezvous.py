@@ -188,6 +188,16 @@ def test_a_runtime_dir_too_long_for_a_socket_is_refused(
         Rendezvous.for_server(os.getpid())
 
 
+def test_a_runtime_dir_that_zeromq_has_no_address_for_is_refused(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latin = runtime_dir / os.fsdecode("größe".encode("latin-1"))
+    latin.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(latin))
+    with pytest.raises(StartupError, match="is not UTF-8; set XDG_RUNTIME_DIR"):
+        Rendezvous.for_server(os.getpid())
+
+
 def test_a_server_that_is_gone_has_no_folder(runtime_dir: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -27,6 +27,7 @@ from quire.serving.watchdog import Process
 
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path of a Unix socket, less its terminating zero."""
+SOCKET_NAME = "scheduler.sock"
 
 _FOLDER_NAME = re.compile(r"quire-(\d+)-(\d+)")
 
@@ -59,10 +60,7 @@ class Rendezvous:
             raise StartupError(f"no server runs as process {pid}") from None
         runtime_dir = _runtime_dir()
         path = runtime_dir / f"quire-{server.pid}-{server.start_time}"
-        if len(os.fsencode(path / "scheduler.sock")) > MAX_SOCKET_PATH_BYTES:
-            raise StartupError(
-                f"{path} is too long for a socket; set XDG_RUNTIME_DIR to a folder with a shorter name"
-            )
+        _check_socket_path(path / SOCKET_NAME)
         _remove_leftovers(runtime_dir)
         lock = _open_and_hold(path)
         try:
@@ -73,8 +71,11 @@ class Rendezvous:
 
     @property
     def scheduler_endpoint(self) -> str:
-        """ZeroMQ address at which the scheduler listens."""
-        return f"ipc://{self.path / 'scheduler.sock'}"
+        """ZeroMQ address at which the scheduler listens.
+
+        ZeroMQ is given UTF-8. The interpreter in a stub may have decoded the path as something else.
+        """
+        return "ipc://" + os.fsencode(self.path / SOCKET_NAME).decode()
 
     def announce_scheduler(self) -> None:
         """Make this process known as the scheduler's."""
@@ -140,6 +141,23 @@ def _runtime_dir() -> Path:
     if chosen and os.access(chosen, os.W_OK | os.X_OK):
         return Path(chosen)
     return Path(tempfile.gettempdir())
+
+
+def _check_socket_path(path: Path) -> None:
+    """Check that the scheduler can listen at `path`.
+
+    Raises:
+        StartupError: it is too long or no text.
+    """
+    encoded = os.fsencode(path)
+    if len(encoded) > MAX_SOCKET_PATH_BYTES:
+        raise StartupError(
+            f"{path.parent} is too long for a socket; set XDG_RUNTIME_DIR to a folder with a shorter name"
+        )
+    try:
+        encoded.decode()
+    except UnicodeDecodeError:
+        raise StartupError(f"{path.parent} is not UTF-8; set XDG_RUNTIME_DIR to a folder that is") from None
 
 
 def _open_and_hold(path: Path) -> int:
