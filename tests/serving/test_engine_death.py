@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -95,6 +96,22 @@ def test_a_scheduler_that_was_killed_ends_the_server_and_quire_serve_says_why(im
         assert server.wait() == 1
         server.wait_for_line(f"error: the server ended by itself: {DEAD_SCHEDULER}")
     assert sum("CRITICAL" in line and DEAD_SCHEDULER in line for line in server.lines) == 1
+
+
+def test_a_frontend_that_was_killed_ends_the_server_and_with_it_the_streams_that_it_had(
+    repository: Path,
+) -> None:
+    with leaves_nothing(repository, SEATS) as server, Client(server.ports.grpc_url) as client:
+        watch = Watch(server)
+        streams = [client.stream(PROMPT, **ENDLESS, timeout_s=120) for _ in range(16)]
+        watch.wait_for_requests(len(streams))
+        os.kill(watch.frontends()[0], signal.SIGKILL)
+        watch.close()
+        for stream in streams:
+            with pytest.raises(UnavailableError):
+                stream.result()
+        assert server.wait() == 1
+        server.wait_for_line("error: the server cannot go on: one of its processes died (killed by SIGKILL)")
 
 
 def test_a_scheduler_that_was_killed_ends_a_bare_server_with_a_status_that_is_not_0(impatient: Path) -> None:

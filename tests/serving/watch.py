@@ -54,6 +54,11 @@ class Watch:
         assert scheduler is not None
         os.kill(scheduler.pid, signal.SIGKILL)
 
+    def frontends(self) -> list[int]:
+        """The processes of the server that are neither scheduler nor hosted engine."""
+        others = self._rendezvous.scheduler(), self._rendezvous.engine()
+        return [child.pid for child in self._rendezvous.server.children() if child not in others]
+
     def close(self) -> None:
         self._rendezvous.close()
 

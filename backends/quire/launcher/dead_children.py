@@ -1,7 +1,7 @@
 """Noticing that a server waits for a process that has died.
 
-While it loads a model, Triton waits for ever for a stub that was killed, by the OOM killer say. It stays a
-zombie, and nothing is logged.
+While it loads a model, Triton waits for ever for a stub that was killed, by the OOM killer say; later the
+requests that were given to that stub wait for ever. It stays a zombie, and nothing is logged.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from quire.launcher.server_log import ServerLog
 from quire.serving.rendezvous import Rendezvous
 
 READY_POLL_S = 0.1
+CHILDREN_POLL_S = 1.0
 FIRST_PROGRESS_S = 10.0
 """When the operator is told what loading waits for; then again each time that this long has doubled."""
 LOG_TIMEOUT_S = 0.5
@@ -156,7 +157,7 @@ class ServerProcess:
             f"HTTP {endpoints.local_url(endpoints.http_port)}, "
             f"metrics {endpoints.local_url(endpoints.metrics_port)}/metrics; Ctrl-C stops"
         )
-        if self._next_event() is _Event.EXITED:
+        if self._wait_for_end(rendezvous) is _Event.EXITED:
             reason = rendezvous.reason_of_end() or f"exit status {process.returncode}"
             raise QuireError(f"the server ended by itself: {reason}")
         deadline = time.monotonic() + self._exit_timeout_s
@@ -165,6 +166,21 @@ class ServerProcess:
         self._log.shut()
         process.terminate()
         self._wait_for(_Event.EXITED, deadline)
+
+    def _wait_for_end(self, rendezvous: Rendezvous) -> _Event:
+        """The signal to stop or the server's exit.
+
+        Raises:
+            QuireError: a component's process died. Its requests would never end, and nobody can load a model
+                again here.
+        """
+        dead_children = DeadChildren(rendezvous.server)
+        while (event := self._next_event(CHILDREN_POLL_S)) is None:
+            if (cause := dead_children.cause_of_death(time.monotonic())) is not None:
+                if (reason := rendezvous.reason_of_end()) is not None:
+                    raise QuireError(f"the server ended by itself: {reason}")
+                raise QuireError(f"the server cannot go on: one of its processes died ({cause})")
+        return event
 
     def _drain(self, access_key: bytes, deadline: float) -> None:
         """Let the requests that are under way finish, as far as there is time."""
