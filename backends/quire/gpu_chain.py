@@ -17,12 +17,12 @@ from typing import Any
 
 from quire.errors import StartupError
 from quire.execution.manifest import Manifest, PlanDetails
+from quire.execution.tensorrt.library import DRIVER_LIBRARY
 from quire.execution.tensorrt.library import MAJOR_VERSION as TENSORRT_MAJOR
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, load_cupti
 
 Version = tuple[int, int]
 
-DRIVER_LIBRARY = "libcuda.so.1"
 CUDA_OF_TENSORRT: Version = (13, 0)
 DRIVER_OF_CUDA_13 = 580
 """First branch of the driver that runs CUDA 13."""

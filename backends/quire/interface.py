@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Literal
 
 from quire.errors import StartupError
+from quire.execution.engine_state import STEP_ELEMENTS
 
 DataType = Literal["BOOL", "UINT8", "INT32", "INT64", "UINT64", "FP32", "STRING"]
 """Triton's names; in config.pbtxt with `TYPE_` before them. STRING is BYTES on the wire."""
@@ -119,11 +120,10 @@ ENGINE_OUTPUTS = (
 PLAN_INPUTS = (
     *STEP_INPUTS,
     TensorSpec("sampling", "FP32", (-1, 5)),
-    TensorSpec("step", "INT32", (5,)),
+    TensorSpec("step", "INT32", (STEP_ELEMENTS,)),
     TensorSpec("engine_state", "INT64", (-1,)),
 )
-"""What a TensorRT plan takes besides its pool, padded to one of its sizes. `step` is the step's number, a
-candidate for the epoch, `engine_state.STEP_MARK`, and how many tokens and rows of logits are not padding."""
+"""What a TensorRT plan takes besides its pool, padded to one of its sizes; `padding.step_row` is `step`."""
 PLAN_OUTPUTS = (
     TensorSpec("logits", "FP32", (-1, -1)),
     TensorSpec("sampled_ids", "INT32", (-1,)),

@@ -200,7 +200,7 @@ def _measure(
     """
     import torch
 
-    from quire_build.quantization import round_in_place
+    from quire_build.quantization import narrow_type, round_in_place
     from quire_build.torch_executor import TorchExecutor
 
     # A plan returns logits for as many rows as it runs sequences.
@@ -212,7 +212,7 @@ def _measure(
         workload = text_workload(text, source.directory, block_size, limits, max_logits_rows=rows)
     decoder = load_decoder(source, limits.max_model_len).to(builder.reference_device)
     dtype = torch.float32
-    if manifest.precision in ("int8", "fp8"):
+    if narrow_type(manifest.precision) is not None:
         dtype = torch.bfloat16
         round_in_place(decoder, dtype)
     reference = TorchExecutor(decoder, source.config, workload.num_blocks, block_size, dtype)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quire.execution.manifest import Precision
 from quire_build.decoder import Decoder, Layer, RMSNorm
 
 NarrowType = Literal["int8", "fp8"]
@@ -62,6 +63,11 @@ class Calibration:
     """float32 [n], of each output channel."""
     input_amax: dict[str, float] = field(default_factory=dict)
     """Of the layer's whole input, over the calibration text."""
+
+
+def narrow_type(precision: Precision) -> NarrowType | None:
+    """Type of linear layers' weights in a precision; None where they are as wide as everything else."""
+    return precision if precision == "int8" or precision == "fp8" else None
 
 
 def quantize_weights(weight: Tensor, narrow: NarrowType, amax: Tensor | None = None) -> QuantizedWeight:

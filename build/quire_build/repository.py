@@ -20,6 +20,7 @@ from tritonclient.grpc import model_config_pb2
 from quire import interface
 from quire.errors import BuildError
 from quire.execution.manifest import Manifest
+from quire.execution.padding import sized_shapes
 from quire.interface import PLAN_FILE, EnginePlacement, TensorSpec
 from quire.settings import ServingSettings
 
@@ -163,27 +164,15 @@ def plan_config(manifest: Manifest) -> model_config_pb2.ModelConfig:
     )
     config.optimization.eager_batching = True
     config.optimization.cuda.graphs = True
+    limits = manifest.limits
+    table_width = -(-limits.max_model_len // manifest.block_size)
     for size in plan.step_sizes:
         spec = config.optimization.cuda.graph_spec.add()
-        shapes = _step_shapes(manifest, size)
+        shapes = sized_shapes(size, limits.max_num_seqs, table_width)
         for name in manifest.inputs:
             spec.input[name].dim.extend(shapes.get(name, (1,)))
     config.parameters["engine"].string_value = EnginePlacement.HOSTED
     return config
-
-
-def _step_shapes(manifest: Manifest, size: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a step that is padded to `size` tokens; what is not named here has one element."""
-    limits = manifest.limits
-    num_seqs = min(size, limits.max_num_seqs)
-    return {
-        **dict.fromkeys(("input_ids", "positions", "slot_mapping"), (size,)),
-        **dict.fromkeys(("seq_lens", "logits_indices"), (num_seqs,)),
-        "block_tables": (num_seqs, -(-limits.max_model_len // manifest.block_size)),
-        "query_start_loc": (num_seqs + 1,),
-        "sampling": (num_seqs, 5),
-        "step": (5,),
-    }
 
 
 def _model_config(

@@ -57,8 +57,7 @@ from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire_build.decoder import Decoder
 from quire_build.gate import compare, describe, gate_workload
-from quire_build.quantization import WEIGHT_GROUP
-from quire_build.tensorrt.builder import NARROW_WEIGHTS
+from quire_build.quantization import WEIGHT_GROUP, narrow_type
 from quire_build.torch_executor import TorchExecutor
 
 BATCHES, CONTEXTS, PREFILLS = (1, 8, 32, 64, 128, 256, 512, 1024), (200, 2000), (512, 2048, 8192)
@@ -384,7 +383,7 @@ def measure_decode(name: str, results: Results, loaded: LoadedPlan, peer: Peer, 
     manifest = loaded.engine.manifest
     config = SHAPES[name].decoder_config
     weights = RandomWeights(config, 1, DTYPES[manifest.precision])
-    element_bytes = 1 + 2 / WEIGHT_GROUP if manifest.precision in NARROW_WEIGHTS else 2
+    element_bytes = 1 + 2 / WEIGHT_GROUP if narrow_type(manifest.precision) else 2
     weight_bytes = weights.num_read_elements * element_bytes
     token_bytes = manifest.kv_bytes_per_block // BLOCK_SIZE
     for context in CONTEXTS:

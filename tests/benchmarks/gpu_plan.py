@@ -25,8 +25,9 @@ from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
 from quire_build.engine_builder import EngineOptions, engine_manifest
 from quire_build.export import export_graph
+from quire_build.quantization import narrow_type
 from quire_build.rope import cosine_and_sine
-from quire_build.tensorrt.builder import NARROW_WEIGHTS, TensorRTBuilder, built_plan
+from quire_build.tensorrt.builder import TensorRTBuilder, built_plan
 from quire_build.tensorrt.plan import PlanOptions, build_plan
 
 LIMITS = EngineLimits(max_num_seqs=1024, max_num_batched_tokens=8192, max_model_len=4096)
@@ -155,7 +156,7 @@ def build_random_plan(
         block_size=BLOCK_SIZE,
         kv_bytes_per_block=kv_bytes_per_block,
         pool_bytes=pool_bytes,
-        narrow=NARROW_WEIGHTS.get(precision),
+        narrow=narrow_type(precision),
     )
     weights = RandomWeights(config, limits.max_model_len, dtype)
     plan = build_plan(graph, weights, options, lambda line: print(line, flush=True))

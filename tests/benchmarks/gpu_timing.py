@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from quire_build.tensorrt.machine import copy_bandwidth_gb_s
+
 
 class Results:
     """Rows of results, written to a file after each, so that a run cut short leaves what it had."""
@@ -41,16 +43,6 @@ def machine() -> dict[str, Any]:
     return {"gpu": gpu, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def copy_bandwidth_gb_s() -> float:
-    """Device-to-device copy of 4 GiB: bytes read plus bytes written, over time.
-
-    Not in a graph: there a copy is a node of its own kind, and took half as long again on an H200.
-    """
-    source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
-
-
 def graph_time_ms(step: Callable[[int], object], replays: int = 15) -> float:
     """Median time of a CUDA graph of `step`, which is called with the stream to work on."""
     stream = torch.cuda.Stream()
@@ -61,18 +53,13 @@ def graph_time_ms(step: Callable[[int], object], replays: int = 15) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         step(stream.cuda_stream)
-    with torch.cuda.stream(stream):
-        return median_ms(graph.replay, replays)
-
-
-def median_ms(work: Callable[[], object], rounds: int = 15) -> float:
-    """Median time of what `work` queues on the current stream, after three rounds that don't count."""
     times = []
-    for _ in range(3 + rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
+    with torch.cuda.stream(stream):
+        for _ in range(3 + replays):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
     return float(statistics.median(times[3:]))

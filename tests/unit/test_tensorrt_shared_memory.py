@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from quire.errors import StartupError
+from quire.execution.tensorrt.library import DRIVER_LIBRARY
 from quire.execution.tensorrt.shared_memory import (
     CU_LAUNCH_KERNEL,
     CU_LAUNCH_KERNEL_EX,
     CUPTI_LIBRARIES,
     DEFAULT_SHARED_BYTES,
     DRIVER_API,
-    DRIVER_LIBRARY,
     ENTER,
     MAX_DYNAMIC_SHARED_SIZE,
     MULTIPLE_SUBSCRIBERS,

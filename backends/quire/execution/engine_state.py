@@ -22,6 +22,8 @@ STEP_SIZE_BYTE = 16
 with STEP_MARK in the upper half. Whatever else stands there means: as many as the inputs have."""
 STEP_MARK = 0x51754972
 """An int32 that nobody writes by chance: TensorRT times kernels on whatever its memory holds."""
+STEP_ELEMENTS = 5
+"""Of the plan's input `step`, which brings the mark, see `padding.step_row`."""
 POOL_OFFSETS_BYTE = 64
 """int64 [MAX_POOLS]: where pool i starts, in elements of the KV type from pool 0; written by every step."""
 COUNTERS_BYTE = 128

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.execution.engine_state import STEP_ELEMENTS, STEP_MARK
 from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS, ModelInputs
 
 
@@ -24,20 +26,39 @@ def step_size(sizes: Sequence[int], inputs: ModelInputs) -> int:
     return sizes[bisect_left(sizes, max(len(inputs.input_ids), len(inputs.logits_indices)))]
 
 
+def sized_shapes(size: int, max_num_seqs: int, table_width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a plan's inputs, but for pool and state, in a step of `size` tokens.
+
+    Args:
+        size: of the step.
+        max_num_seqs: sequences in any step, at most.
+        table_width: blocks of a sequence, at most.
+    """
+    num_seqs = min(size, max_num_seqs)
+    return {
+        "step": (STEP_ELEMENTS,),
+        **dict.fromkeys(("input_ids", "positions", "slot_mapping"), (size,)),
+        "block_tables": (num_seqs, table_width),
+        "query_start_loc": (num_seqs + 1,),
+        **dict.fromkeys(("seq_lens", "logits_indices"), (num_seqs,)),
+        "sampling": (num_seqs, NUM_SAMPLING_COLUMNS),
+    }
+
+
 def blank_step(size: int, max_num_seqs: int, table_width: int) -> ModelInputs:
     """Room for a step of `size` tokens, with `table_width` blocks for each sequence, for `pad_into`."""
-    num_seqs = min(size, max_num_seqs)
-    return ModelInputs(
-        step=0,
-        input_ids=np.empty(size, np.int32),
-        positions=np.empty(size, np.int32),
-        slot_mapping=np.empty(size, np.int32),
-        block_tables=np.zeros((num_seqs, table_width), np.int32),
-        query_start_loc=np.empty(num_seqs + 1, np.int32),
-        seq_lens=np.empty(num_seqs, np.int32),
-        logits_indices=np.empty(num_seqs, np.int32),
-        sampling=np.empty((num_seqs, NUM_SAMPLING_COLUMNS), np.float32),
-    )
+    shapes = sized_shapes(size, max_num_seqs, table_width)
+    del shapes["step"]
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.zeros(shape, np.float32 if name == "sampling" else np.int32)
+        for name, shape in shapes.items()
+    }
+    return ModelInputs(step=0, **arrays)
+
+
+def step_row(inputs: ModelInputs, epoch: int) -> tuple[int, ...]:
+    """The plan's input `step`: number, candidate for the epoch, mark, tokens and rows that are no padding."""
+    return inputs.step, epoch, STEP_MARK, len(inputs.input_ids), len(inputs.logits_indices)
 
 
 def pad_into(inputs: ModelInputs, padded: ModelInputs) -> None:

@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 
 from quire.errors import StartupError
-from quire.gpu_chain import DRIVER_LIBRARY
+from quire.execution.tensorrt.library import DRIVER_LIBRARY
 from quire.interface import EnginePlacement
 from quire.launcher.installation import TritonInstallation
 

@@ -24,11 +24,8 @@ if TYPE_CHECKING:
     import onnx
 
     from quire_build.decoder_config import DecoderConfig
-    from quire_build.quantization import NarrowType
 
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
-NARROW_WEIGHTS: Mapping[Precision, NarrowType] = {"int8": "int8", "fp8": "fp8"}
-"""Precisions in which linear layers have weights of eight bits, and everything else is bf16."""
 
 
 class TensorRTBuilder:
@@ -55,13 +52,14 @@ class TensorRTBuilder:
         import torch
 
         from quire_build.export import export_graph
+        from quire_build.quantization import narrow_type
         from quire_build.tensorrt.plan import PlanOptions, build_plan
 
         config, limits = source.config, options.limits
         progress(f"exporting the graph of {source.directory} ({config.architecture})")
         graph = export_graph(config, self.block_size, limits.max_model_len)
         element_bytes = self.kv_element_bytes[options.precision]
-        narrow = NARROW_WEIGHTS.get(options.precision)
+        narrow = narrow_type(options.precision)
         plan_options = PlanOptions(
             dtype=torch.float16 if options.precision == "fp16" else torch.bfloat16,
             limits=limits,

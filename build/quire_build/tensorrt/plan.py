@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quire.errors import BuildError
-from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES, engine_state_elements
+from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES, STEP_ELEMENTS, engine_state_elements
 from quire.execution.manifest import EngineLimits, PlanDetails
 from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, allow_shared_memory
@@ -127,7 +127,8 @@ def build_plan(
     pool = options.pool
     if options.narrow == "fp8" and gpu.architecture < FP8_ARCHITECTURE:
         raise BuildError(
-            f"{gpu.name} has no fp8, which takes compute capability 8.9; --precision int8 takes as few bytes"
+            f"precision is 'fp8', which takes compute capability 8.9 or newer; {gpu.name} has "
+            f"{gpu.architecture // 10}.{gpu.architecture % 10}: --precision int8 takes as few bytes"
         )
     # Nobody is there to raise the limit where Triton launches the kernels.
     shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else gpu.shared_bytes
@@ -215,7 +216,7 @@ def step_shapes(
         "seq_lens": ((1,), (seqs,), (seqs,)),
         "logits_indices": ((1,), (seqs,), (seqs,)),
         "sampling": ((1, 5), (seqs, 5), (seqs, 5)),
-        "step": ((5,), (5,), (5,)),
+        "step": ((STEP_ELEMENTS,),) * 3,
     }
     state = engine_state_elements(limits.max_num_seqs)
     shapes["engine_state"] = ((1,), (state,), (state,))

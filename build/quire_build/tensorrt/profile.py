@@ -25,7 +25,7 @@ from quire.execution.tensorrt.shared_memory import allow_shared_memory
 from quire.interface import LLM, PLAN_FILE, EnginePlacement
 from quire_build.decoder_config import DecoderConfig
 from quire_build.repository import VERSION, engine_dir
-from quire_build.tensorrt.machine import this_gpu
+from quire_build.tensorrt.machine import copy_bandwidth_gb_s, this_gpu
 
 KINDS: Mapping[str, str] = {
     "Linear": "linear layers",
@@ -40,7 +40,6 @@ CONTEXT = 1024
 STEPS, WARM_UP_STEPS = 20, 3
 ELEMENT_BYTES: Mapping[Precision, int] = {"float32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 """Of most weights."""
-BANDWIDTH_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -158,25 +157,6 @@ def medians(steps: Iterable[Mapping[str, float]]) -> dict[str, float]:
         for name, time_ms in step.items():
             times[name].append(time_ms)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def copy_bandwidth_gb_s() -> float:
-    """Device-to-device copies: bytes read plus bytes written, over the median time."""
-    import torch
-
-    source = torch.ones(BANDWIDTH_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    del source, target
-    torch.cuda.empty_cache()
-    return float(2 * BANDWIDTH_BYTES / statistics.median(times[2:]) / 1e6)
 
 
 class _Plan:

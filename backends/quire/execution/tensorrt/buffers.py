@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.execution.engine_state import STEP_MARK
-from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS, ModelInputs
-from quire.execution.padding import pad_into
+from quire.execution.model_inputs import ModelInputs
+from quire.execution.padding import pad_into, sized_shapes, step_row
 from quire.execution.tensorrt.device import ALIGNMENT, Device
 
 STEP_DONE_OFFSET = ALIGNMENT
@@ -18,28 +18,25 @@ SAMPLED_IDS_OFFSET = 2 * ALIGNMENT
 
 
 class StepLayout:
-    """The inputs of T tokens, S sequences and N rows of logits, one after another, but for the block tables.
+    """The inputs of steps of one size, one after another, but for the block tables.
 
-    They are brought to the GPU by one copy. A layout with fewer of everything takes no more bytes.
+    They are brought to the GPU by one copy. The layout of a smaller size takes no more bytes.
+
+    Args:
+        size: in tokens.
+        max_num_seqs: sequences in any step, at most.
+        table_width: blocks of a sequence, at most.
     """
 
-    def __init__(self, num_tokens: int, num_seqs: int, num_rows: int) -> None:
-        self.num_tokens, self.num_seqs, self.num_rows = num_tokens, num_seqs, num_rows
-        self.shapes: dict[str, tuple[int, ...]] = {
-            "step": (5,),
-            "input_ids": (num_tokens,),
-            "positions": (num_tokens,),
-            "slot_mapping": (num_tokens,),
-            "query_start_loc": (num_seqs + 1,),
-            "seq_lens": (num_seqs,),
-            "logits_indices": (num_rows,),
-            "sampling": (num_rows, NUM_SAMPLING_COLUMNS),
-        }
+    def __init__(self, size: int, max_num_seqs: int, table_width: int) -> None:
+        self.size = size
+        self.shapes = sized_shapes(size, max_num_seqs, table_width)
+        self.tables_shape = self.shapes.pop("block_tables")
         self.offsets: dict[str, int] = {}
         end = 0
         for name, shape in self.shapes.items():
             self.offsets[name] = end
-            end += -(-4 * shape[0] * (shape[1] if len(shape) > 1 else 1) // ALIGNMENT) * ALIGNMENT
+            end += -(-4 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self.num_bytes = end
 
     def views(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -58,15 +55,15 @@ class StepBuffers:
     Args:
         device: that copies from and to it.
         largest: layout of the largest step.
-        max_blocks_per_seq: columns of a block table, at most.
     """
 
-    def __init__(self, device: Device, largest: StepLayout, max_blocks_per_seq: int) -> None:
+    def __init__(self, device: Device, largest: StepLayout) -> None:
         self._device = device
         self._inputs = device.pinned(largest.num_bytes)
-        self._tables = device.pinned(4 * largest.num_seqs * max_blocks_per_seq)
+        num_seqs, table_width = largest.tables_shape
+        self._tables = device.pinned(4 * num_seqs * table_width)
         self._logits: NDArray[np.uint8] | None = None
-        self.outputs = device.pinned(SAMPLED_IDS_OFFSET + 4 * largest.num_rows)
+        self.outputs = device.pinned(SAMPLED_IDS_OFFSET + 4 * num_seqs)
         """pool_info, step_done and sampled_ids."""
         self.done = device.event()
         outputs: NDArray[np.int32] = self.outputs.view(np.int32)
@@ -83,8 +80,7 @@ class StepBuffers:
             What to copy: the inputs as `layout` has them, and the block tables of the step alone, [S, B].
         """
         views = layout.views(self._inputs)
-        sizes = len(inputs.input_ids), len(inputs.logits_indices)
-        views.pop("step")[:] = inputs.step, epoch, STEP_MARK, *sizes
+        views.pop("step")[:] = step_row(inputs, epoch)
         tables: NDArray[np.int32] = np.ndarray(inputs.block_tables.shape, np.int32, self._tables)
         pad_into(inputs, ModelInputs(step=inputs.step, block_tables=tables, **views))
         return self._inputs[: layout.num_bytes], tables

@@ -173,9 +173,7 @@ class TensorRTEngine:
         self._logits = self._zeros(4 * self.max_rows * self.manifest.model.vocab_size)
         self._state = self._zeros(8 * self._state_elements)
         self._scratch = self._zeros(max(1, self._plan.scratch_bytes))
-        self.buffers += [
-            StepBuffers(self.device, largest, self._blocks_per_seq) for _ in range(MAX_UNDER_WAY)
-        ]
+        self.buffers += [StepBuffers(self.device, largest) for _ in range(MAX_UNDER_WAY)]
 
     def _zeros(self, num_bytes: int) -> int:
         address = self.device.allocate(num_bytes)
@@ -227,16 +225,15 @@ class TensorRTEngine:
             self.device.free(self._pool.pop())
 
     def _layout(self, size: int) -> StepLayout:
-        rows = min(size, self.max_rows)
-        return StepLayout(size, rows, rows)
+        return StepLayout(size, self.max_rows, self._blocks_per_seq)
 
     def _context(self, layout: StepLayout) -> PlanContext:
         """A context for steps of this layout, everything bound."""
-        context = self._plan.context(self._profile_of(layout.num_tokens), self._scratch)
+        context = self._plan.context(self._profile_of(layout.size), self._scratch)
         for name, shape in layout.shapes.items():
             context.set_shape(name, shape)
             context.set_address(name, self._inputs + layout.offsets[name])
-        context.set_shape("block_tables", (layout.num_seqs, self._blocks_per_seq))
+        context.set_shape("block_tables", layout.tables_shape)
         context.set_shape("engine_state", (self._state_elements,))
         for name, address in (
             ("engine_state", self._state),

@@ -10,6 +10,8 @@ from typing import Any
 from quire.errors import StartupError
 
 MAJOR_VERSION = 11
+DRIVER_LIBRARY = "libcuda.so.1"
+"""CUDA's driver API, which everything here stands on."""
 
 _log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import StartupError
+from quire.execution.tensorrt.library import DRIVER_LIBRARY
 
 DEFAULT_SHARED_BYTES = 48 * 1024
 """What a program may ask for on every GPU without more ado."""
 
-DRIVER_LIBRARY = "libcuda.so.1"
 CUPTI_LIBRARIES = ("libcupti.so.13", "/usr/local/cuda/extras/CUPTI/lib64/libcupti.so.13")
 """Where a system has it, if the package does not."""
 

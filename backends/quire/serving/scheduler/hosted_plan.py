@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import EngineStepError, PeerLostError, QuireError
-from quire.execution.engine_state import STEP_MARK
 from quire.execution.executor import PoolInfo, StepOutput
 from quire.execution.manifest import Manifest
 from quire.execution.model_inputs import NUM_SAMPLING_COLUMNS, ModelInputs
-from quire.execution.padding import blank_step, pad_into, step_size
+from quire.execution.padding import blank_step, pad_into, step_row, step_size
 from quire.interface import POOL_INPUT_PREFIX, STEP_INPUTS
 from quire.serving.scheduler.engine_call import (
     PROBE_INTERVAL_S,
@@ -145,20 +144,17 @@ class HostedPlanExecutor:
 
     def _call(self, step: EngineStep, inputs: ModelInputs) -> _Call:
         """What to send for a step."""
-        size, num_rows = step_size(self._sizes, inputs), len(inputs.logits_indices)
-        sized = blank_step(size, self._max_num_seqs, self._table_width)
+        sized = blank_step(step_size(self._sizes, inputs), self._max_num_seqs, self._table_width)
         pad_into(inputs, sized)
         names = (*(spec.name for spec in STEP_INPUTS), "sampling")
         tensors: dict[str, NDArray[Any]] = {name: getattr(sized, name) for name in names}
         # A plan whose state was lost begins an epoch with whatever the next step proposes.
-        candidate = 1 + secrets.randbelow(LAST_EPOCH)
-        step_row = [inputs.step, candidate, STEP_MARK, len(inputs.input_ids), num_rows]
-        tensors["step"] = np.array(step_row, np.int32)
+        tensors["step"] = np.array(step_row(inputs, 1 + secrets.randbelow(LAST_EPOCH)), np.int32)
         tensors |= self._standing
         return _Call(
             step=step,
             number=inputs.step,
-            num_rows=num_rows,
+            num_rows=len(inputs.logits_indices),
             tensors={name: tensors[name] for name in self._input_names},
             outputs=("logits" if inputs.sampling is None else "sampled_ids", "pool_info", "step_done"),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from onnx import TensorProto, helper
 
+from quire.execution.engine_state import STEP_ELEMENTS
 from quire_build.tensorrt.lowering.attention import POOL
 from quire_build.tensorrt.lowering.graph import DOMAIN, Graph
 
@@ -30,7 +31,7 @@ def lower_step(graph: Graph) -> None:
     embedding.input[1] = "token_ids"
     graph.add("Sample", ["logits", SAMPLING, STATE], [SAMPLED_IDS], domain=DOMAIN, vocab_size=vocab_size)
     proto = graph.model.graph
-    proto.input.append(helper.make_tensor_value_info(STEP, TensorProto.INT32, [5]))
+    proto.input.append(helper.make_tensor_value_info(STEP, TensorProto.INT32, [STEP_ELEMENTS]))
     proto.input.append(helper.make_tensor_value_info(SAMPLING, TensorProto.FLOAT, ["N", 5]))
     proto.input.append(helper.make_tensor_value_info(STATE, TensorProto.INT64, ["state"]))
     proto.output.append(helper.make_tensor_value_info(SAMPLED_IDS, TensorProto.INT32, ["N"]))

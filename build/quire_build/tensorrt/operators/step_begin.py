@@ -24,7 +24,7 @@ class StepBegin:
     """Token ids of the step, and what the host wants to hear about the pool.
 
     Inputs: input_ids int32 [T], where -(r + 1) stands for the token that the step before sampled in row r;
-    step int32 [5], see `quire.interface`; engine_state; the pool's parts, the
+    step int32 [STEP_ELEMENTS], see `padding.step_row`; engine_state; the pool's parts, the
     first one again where there are fewer. Outputs: token_ids int32 [T], all within the vocabulary; pool_info
     int32 [2], number of blocks and epoch; step_done int32 [1], the step's number.
 
