@@ -23,9 +23,11 @@ from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, allow_shared_memory
 from quire_build.engine_builder import Progress
 from quire_build.quantization import NarrowType
+from quire_build.tensorrt.kernels.dependent_launch import ARCHITECTURE as OVERLAP_ARCHITECTURE
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.machine import this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
+from quire_build.tensorrt.operators import KERNELS
 from quire_build.tensorrt.plugins import register_plugins
 
 PROFILE_ENDS = (16, 64, 128, 256, 1024)
@@ -176,10 +178,15 @@ def build_plan(
         profiles=ranges,
         step_sizes=step_sizes(options.limits),
         kernel_shared_bytes=shared_bytes,
+        overlapping_kernels=_overlapping_kernels(gpu.architecture),
         gpu_architecture=gpu.architecture,
         gpu_name=gpu.name,
     )
     return BuiltPlan(data, details, trt.__version__)
+
+
+def _overlapping_kernels(architecture: int) -> tuple[str, ...]:
+    return tuple(kernel.__name__ for kernel in KERNELS) if architecture >= OVERLAP_ARCHITECTURE else ()
 
 
 def profile_ranges(limits: EngineLimits) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
+from quire_build.tensorrt.kernels.dependent_launch import ARCHITECTURE
 
 PTX_VERSION = 87
 """PTX 8.7: old enough for every driver of CUDA 12.8 or later, whatever the compiler's own default is."""
@@ -48,7 +49,7 @@ def compile_kernel(
         kernel: a ``triton.jit`` function.
         types: its run-time parameters in order, pointers as ``"*bf16"``, integers as ``"i32"``. Pointers are
             taken to be 16-byte aligned, as TensorRT's tensors are.
-        constants: values of its ``constexpr`` parameters.
+        constants: values of its ``constexpr`` parameters, but for OVERLAPS, which the architecture decides.
         arch: compute capability, 90 for 9.0.
         max_registers: of a thread, at most.
         max_shared_bytes: shared memory of a program, at most.
@@ -56,6 +57,7 @@ def compile_kernel(
     Raises:
         ValueError: if the kernel wants scratch memory or more shared memory than that.
     """
+    constants = {**constants, "OVERLAPS": arch >= ARCHITECTURE}
     compiled = _compile(
         kernel, tuple(types.items()), tuple(constants.items()), arch, num_warps, num_stages, max_registers
     )

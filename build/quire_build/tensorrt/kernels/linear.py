@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from quire.execution.engine_state import COUNTERS_BYTE
+from quire_build.tensorrt.kernels.dependent_launch import let_next_start, prefetch_rows, wait_for_inputs
 from quire_build.tensorrt.kernels.step_size import used
 
 COUNTERS_OFFSET = tl.constexpr(COUNTERS_BYTE // 4)
@@ -31,6 +32,8 @@ ROW_TILES_PER_GROUP = tl.constexpr(8)
 """Row tiles that go through the columns together, so that memory is read once for all of them."""
 WHOLE_EPILOGUE = tl.constexpr(128 * 128)
 """Elements from which on a tile is finished by halves: its way to memory leads through shared memory."""
+AHEAD_BYTES = tl.constexpr(32 * 1024)
+"""Of the weight that a program asks for before the kernel's other inputs are there."""
 
 
 @triton.jit
@@ -55,6 +58,32 @@ def _store_partial(plane, acc, first_column, rows, N: tl.constexpr, GATED: tl.co
     else:
         n += WIDTH
     tl.store(plane + row * N + n, right, mask=(row < rows) & (n < N))
+
+
+@triton.jit
+def _prefetch(
+    weight,
+    first_column,
+    begin,
+    end,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Ask for the beginning of a program's part of the weight, inputs ``begin`` to ``end`` of its columns."""
+    ELEMENT_BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    ROWS: tl.constexpr = PARTS * BLOCK_N
+    LANES: tl.constexpr = ROWS if ROWS > 128 else 128
+    LANE_BYTES: tl.constexpr = AHEAD_BYTES // LANES
+    if K * ELEMENT_BYTES % 16 == 0:
+        lane = tl.arange(0, LANES)
+        of_tile = lane % ROWS
+        n = first_column + of_tile % BLOCK_N
+        first = begin + lane // ROWS * (LANE_BYTES // ELEMENT_BYTES)
+        wanted = tl.minimum((end - first) * ELEMENT_BYTES, LANE_BYTES)
+        rows = weight + (of_tile // BLOCK_N * N + n).to(tl.int64) * K + first
+        prefetch_rows(rows, tl.where(n < N, wanted, 0), LANES)
 
 
 @triton.jit
@@ -157,6 +186,7 @@ def linear(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Compute one tile of ``out``, or one split of it.
 
@@ -186,6 +216,7 @@ def linear(
         COUNTED: what a row is, for `step_size.used`. Tiles of padding alone are left out; the rows of padding
             in others are computed.
         BLOCK_N: a multiple of SQUARES_WIDTH when RESIDUAL.
+        OVERLAPS: whether the kernel may start before its inputs are there.
     """
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row_tiles = tl.num_programs(1)
@@ -196,10 +227,8 @@ def linear(
     row_tile = first_of_group + place_in_group % group
     column = place_in_group // group
     split = tl.program_id(2)
-    # The first tile always has rows, and doesn't wait for their number.
-    if row_tile > 0:
-        if row_tile * BLOCK_M >= used(engine_state, COUNTED, num_rows):
-            return
+    if OVERLAPS:
+        let_next_start()
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -218,7 +247,6 @@ def linear(
             return
         begin = split * tiles_per_split
         end = min(begin + tiles_per_split, K_TILES)
-    x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
     # The up projection's rows come behind the gate's, in one product with them.
     PARTS: tl.constexpr = 2 if GATED else 1
     of_tile = tl.arange(0, PARTS * BLOCK_N)
@@ -229,6 +257,15 @@ def linear(
             weight = weight.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
         else:
             weight = weight.to(tl.pointer_type(tl.int8), bitcast=True)
+    if OVERLAPS:
+        _prefetch(weight, column * BLOCK_N, begin * BLOCK_K, min(end * BLOCK_K, K), K, N, PARTS, BLOCK_N)
+        wait_for_inputs()
+    # The first tile always has rows, and doesn't wait for their number.
+    if row_tile > 0:
+        if row_tile * BLOCK_M >= used(engine_state, COUNTED, num_rows):
+            return
+    x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
+    if WEIGHT_GROUP:
         scale_of_tile = scales + of_tile // BLOCK_N * N + w_n
         # A tile ahead, since nothing else hides how long this takes.
         group = begin * BLOCK_K // WEIGHT_GROUP
