@@ -82,6 +82,10 @@ def build(
             "default: float32 on CPUs, bf16 on GPUs."
         ),
     ] = None,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"],
+        typer.Option(help="What keys and values are kept in; fp8 on GPUs, auto is what activations have."),
+    ] = "auto",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048,
     max_model_len: Annotated[
@@ -121,6 +125,7 @@ def build(
             output,
             runtime=runtime,
             precision=precision,
+            kv_cache_dtype=kv_cache_dtype,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,

@@ -71,7 +71,8 @@ class _Engine:
         except ManifestError as error:
             self.findings.append(Finding("engine", "not usable", str(error)))
             return
-        state = f"{manifest.precision}, for {manifest.runtime} {manifest.runtime_version}"
+        kv = "" if manifest.kv_cache_dtype != "fp8" else " with KV in fp8"
+        state = f"{manifest.precision}{kv}, for {manifest.runtime} {manifest.runtime_version}"
         self.findings.append(Finding("engine", state))
         if manifest.plan is not None:
             self.plan = manifest

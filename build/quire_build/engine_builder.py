@@ -17,6 +17,7 @@ from quire.execution.manifest import (
     MANIFEST_VERSION,
     EngineLimits,
     GateReport,
+    KvCacheDtype,
     Manifest,
     ModelDimensions,
     PlanDetails,
@@ -31,12 +32,15 @@ from quire_build.workload import Workload
 
 Progress = Callable[[str], None]
 
+KV_ELEMENT_BYTES: Mapping[KvCacheDtype, int] = {"float32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+
 
 class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an engine is built for.
 
     Attributes:
         precision: of the arithmetic.
+        kv_cache_dtype: of the pool.
         limits: largest steps.
         placement: who will load it.
         gpu_memory_utilization: percent of the GPU's memory that weights, pool and scratch take together; it
@@ -44,6 +48,7 @@ class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     precision: Precision
+    kv_cache_dtype: KvCacheDtype
     limits: EngineLimits
     placement: EnginePlacement
     gpu_memory_utilization: int
@@ -72,14 +77,15 @@ class EngineBuilder(Protocol):
     Attributes:
         runtime: its name in the manifest.
         block_size: tokens in a block of the pool.
-        kv_element_bytes: bytes of one element of the pool, by the precisions that there are.
+        kv_cache_dtypes: types that the pool may have, by the precisions that there are; the first is the
+            precision's own.
         reference_device: where torch runs the module that the engine is held against.
         default_placement: where its engines run unless the build says otherwise.
     """
 
     runtime: Runtime
     block_size: int
-    kv_element_bytes: Mapping[Precision, int]
+    kv_cache_dtypes: Mapping[Precision, tuple[KvCacheDtype, ...]]
     reference_device: str
     default_placement: EnginePlacement
 
@@ -120,7 +126,7 @@ def engine_manifest(
 ) -> Manifest:
     """The manifest of the engine in `directory`, whose gate report says that nothing was measured yet."""
     windows = [window for window in config.sliding_windows if window is not None]
-    kv_bytes_per_token = config.kv_elements_per_token * builder.kv_element_bytes[options.precision]
+    kv_bytes_per_token = config.kv_elements_per_token * KV_ELEMENT_BYTES[options.kv_cache_dtype]
     return Manifest(
         version=MANIFEST_VERSION,
         model=ModelDimensions(
@@ -136,6 +142,7 @@ def engine_manifest(
         block_size=builder.block_size,
         limits=options.limits,
         precision=options.precision,
+        kv_cache_dtype=options.kv_cache_dtype,
         runtime=builder.runtime,
         runtime_version=builder.version(),
         inputs=built.inputs,

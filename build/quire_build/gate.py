@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from quire.errors import BuildError, NumericsGateError
 from quire.execution.executor import Executor
-from quire.execution.manifest import EngineLimits, GateReport, Precision
+from quire.execution.manifest import EngineLimits, GateReport, KvCacheDtype, Precision
 from quire.execution.model_inputs import ModelInputs
 from quire.text.tokenizer import Tokenizer
 from quire_build.workload import Workload
@@ -41,6 +41,13 @@ class Thresholds:
     """At most this, and at least its inverse."""
     max_abs_logit_error: float = math.inf
 
+    def or_looser(self, other: Thresholds) -> Thresholds:
+        """Of each measure the looser one."""
+        agreement = min(self.top1_agreement, other.top1_agreement)
+        measures = (field.name for field in fields(self))
+        looser = {name: max(getattr(self, name), getattr(other, name)) for name in measures}
+        return Thresholds(**looser | {"top1_agreement": agreement})
+
 
 THRESHOLDS: Mapping[Precision, Thresholds] = {
     "float32": Thresholds(1e-3, 1e-5, 1e-6, 0.99, 1.001, max_abs_logit_error=1e-3),
@@ -49,6 +56,8 @@ THRESHOLDS: Mapping[Precision, Thresholds] = {
     "int8": Thresholds(0.5, 1e-3, 5e-3, 0.75, 1.02),
     "fp8": Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05),
 }
+FP8_KV_THRESHOLDS = Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05)
+"""Of engines whose pool is of e4m3."""
 
 PROMPT_LENGTHS = (5, 70, 33, 128, 1, 64)
 """Tokens: below, at and above multiples of the block size and of the workload's chunk."""
@@ -146,7 +155,13 @@ def read_tokens(text: Path, tokenizer_directory: Path) -> list[int]:
     return Tokenizer.from_directory(tokenizer_directory).encode(content)
 
 
-def compare(reference: Executor, engine: Executor, workload: Workload, precision: Precision) -> GateReport:
+def thresholds(precision: Precision, kv_cache_dtype: KvCacheDtype) -> Thresholds:
+    """What engines of this precision over such a pool may come to."""
+    limits = THRESHOLDS[precision]
+    return limits.or_looser(FP8_KV_THRESHOLDS) if kv_cache_dtype == "fp8" else limits
+
+
+def compare(reference: Executor, engine: Executor, workload: Workload, limits: Thresholds) -> GateReport:
     """Run the workload on both; the reference's tokens (or the text's) are what both go on with."""
     positions = agreeing = scored = 0
     logit_error = probability_error = 0.0
@@ -178,7 +193,7 @@ def compare(reference: Executor, engine: Executor, workload: Workload, precision
         top1_agreement=agreeing / positions,
         perplexity_ratio=math.exp(min((actual_loss - expected_loss) / scored, 700.0)),
     )
-    return msgspec.structs.replace(report, exceeded=exceeded(report, THRESHOLDS[precision]))
+    return msgspec.structs.replace(report, exceeded=exceeded(report, limits))
 
 
 def exceeded(report: GateReport, limits: Thresholds) -> tuple[str, ...]:
@@ -205,12 +220,15 @@ def exceeded(report: GateReport, limits: Thresholds) -> tuple[str, ...]:
     return tuple(name for name, holds in kept.items() if not holds)
 
 
-def enforce(report: GateReport, precision: Precision, force: bool = False) -> None:
+def enforce(
+    report: GateReport, precision: Precision, kv_cache_dtype: KvCacheDtype, force: bool = False
+) -> None:
     """Refuse an engine that is beyond a threshold, or whose figures are not numbers.
 
     Args:
-        report: what `compare` found for `precision`.
-        precision: named in the message.
+        report: what `compare` found with the `thresholds` of this precision and pool.
+        precision: of the engine.
+        kv_cache_dtype: of its pool.
         force: let it pass; its manifest then lists what it exceeds. What is not a number never passes.
 
     Raises:
@@ -218,13 +236,14 @@ def enforce(report: GateReport, precision: Precision, force: bool = False) -> No
     """
     is_number = all(math.isfinite(getattr(report, name)) for name in report.exceeded)
     if report.exceeded and not (force and is_number):
-        limits = THRESHOLDS[precision]
+        limits = thresholds(precision, kv_cache_dtype)
+        kind = precision + (" with KV in fp8" if kv_cache_dtype == "fp8" else "")
         beyond = ", ".join(
             f"{name} {getattr(report, name):.3g} (threshold {getattr(limits, name):g})"
             for name in report.exceeded
         )
         raise NumericsGateError(
-            f"the engine differs from the torch module by more than {precision} allows: {beyond}; "
+            f"the engine differs from the torch module by more than {kind} allows: {beyond}; "
             f"nothing was published. Measured: {describe(report)}"
         )
 

@@ -10,7 +10,7 @@ import msgspec
 
 from quire.errors import BuildError
 from quire.execution.executor import Executor
-from quire.execution.manifest import Manifest, Precision, Runtime
+from quire.execution.manifest import KvCacheDtype, Manifest, Precision, Runtime
 from quire.interface import STEP_INPUTS, EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.engine_builder import BuiltEngine, EngineOptions, Progress
@@ -23,7 +23,10 @@ class OpenVINOBuilder:
     runtime: Runtime = "openvino"
     block_size = 32
     """The only size that OpenVINO's CPU kernel takes."""
-    kv_element_bytes: Mapping[Precision, int] = {"float32": 4, "bf16": 2}
+    kv_cache_dtypes: Mapping[Precision, tuple[KvCacheDtype, ...]] = {
+        "float32": ("float32",),
+        "bf16": ("bf16",),
+    }
     reference_device = "cpu"
     default_placement = EnginePlacement.HOSTED
 

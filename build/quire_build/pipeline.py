@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -19,6 +20,7 @@ from quire.errors import BuildError, ManifestError
 from quire.execution.manifest import (
     EngineLimits,
     GateReport,
+    KvCacheDtype,
     Manifest,
     Precision,
     Runtime,
@@ -31,7 +33,7 @@ from quire.interface import EnginePlacement
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder_config import DecoderConfig
 from quire_build.engine_builder import EngineBuilder, EngineOptions, Progress, engine_manifest
-from quire_build.gate import compare, describe, enforce, gate_workload, text_workload
+from quire_build.gate import compare, describe, enforce, gate_workload, text_workload, thresholds
 from quire_build.openvino_engine import OpenVINOBuilder
 from quire_build.repository import (
     DEFAULT_FRONTENDS,
@@ -46,6 +48,7 @@ from quire_build.tensorrt.builder import TensorRTBuilder
 
 BUILDERS: Mapping[Runtime, EngineBuilder] = {"openvino": OpenVINOBuilder(), "tensorrt": TensorRTBuilder()}
 RECORD_FILE = "build.json"
+KvCacheChoice = Literal["auto", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ def build(
     *,
     runtime: Runtime = "openvino",
     precision: Precision | None = None,
+    kv_cache_dtype: KvCacheChoice = "auto",
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 2048,
     max_model_len: int | None = None,
@@ -101,6 +105,7 @@ def build(
         output: the repository; replaced as a whole when the build has succeeded, untouched otherwise.
         runtime: "openvino" for CPUs, "tensorrt" for the GPU of this machine.
         precision: of the arithmetic; None takes the first of those that the runtime has.
+        kv_cache_dtype: of the KV cache; "auto" takes the type of the precision's activations.
         max_num_seqs: requests in one step, at most.
         max_num_batched_tokens: tokens in one step, at most.
         max_model_len: tokens of prompt and output together, at most; None takes what the model allows.
@@ -132,13 +137,16 @@ def build(
     if runtime not in BUILDERS:
         raise BuildError(f"runtime is {runtime!r}; it must be one of {', '.join(BUILDERS)}")
     builder = BUILDERS[runtime]
-    precisions = tuple(builder.kv_element_bytes)
+    precisions = tuple(builder.kv_cache_dtypes)
     precision = precision or precisions[0]
     if precision not in precisions:
         raise BuildError(
             f"precision is {precision!r}; for runtime {runtime} it must be one of {', '.join(precisions)}"
         )
     engine = engine or builder.default_placement
+    options = EngineOptions(
+        precision, _kv_cache_dtype(builder, precision, kv_cache_dtype), limits, engine, gpu_memory_utilization
+    )
     record = BuildRecord(
         quire_version=quire.__version__,
         builder_digest=_builder_digest(),
@@ -146,7 +154,7 @@ def build(
         runtime_version=builder.version(),
         target=builder.target(),
         checkpoint_digest=source.digest,
-        options=EngineOptions(precision, limits, engine, gpu_memory_utilization),
+        options=options,
         frontends=frontends,
         gate_text_digest=file_digest(gate_text) if gate_text else "",
         accept_numerics=accept_numerics,
@@ -185,7 +193,7 @@ def _build_engine(
     progress("comparing the engine with the torch module")
     report = _measure(source, manifest, directory, builder, gate_text)
     progress(describe(report))
-    enforce(report, manifest.precision, force=record.accept_numerics)
+    enforce(report, manifest.precision, manifest.kv_cache_dtype, force=record.accept_numerics)
     manifest = msgspec.structs.replace(manifest, gate=report)
     write_manifest(manifest, directory)
     return manifest
@@ -196,12 +204,13 @@ def _measure(
 ) -> GateReport:
     """Run the numerics gate on the engine as a server would load it.
 
-    An engine of quantised weights is held against the module rounded to bf16, any other against float32.
+    An engine of quantised weights or KV is held against the module rounded to its model type, any other
+    against float32.
     """
     import torch
 
     from quire_build.quantization import narrow_type, round_in_place
-    from quire_build.torch_executor import TorchExecutor
+    from quire_build.torch_executor import KV_DTYPES, TorchExecutor
 
     # A plan returns logits for as many rows as it runs sequences.
     rows = manifest.limits.max_num_seqs if manifest.plan else None
@@ -212,13 +221,13 @@ def _measure(
         workload = text_workload(text, source.directory, block_size, limits, max_logits_rows=rows)
     decoder = load_decoder(source, limits.max_model_len).to(builder.reference_device)
     dtype = torch.float32
-    if narrow_type(manifest.precision) is not None:
-        dtype = torch.bfloat16
+    if narrow_type(manifest.precision) is not None or manifest.kv_cache_dtype == "fp8":
+        dtype = KV_DTYPES[builder.kv_cache_dtypes[manifest.precision][0]]
         round_in_place(decoder, dtype)
     reference = TorchExecutor(decoder, source.config, workload.num_blocks, block_size, dtype)
     engine = builder.executor(directory, manifest, workload)
     try:
-        return compare(reference, engine, workload, manifest.precision)
+        return compare(reference, engine, workload, thresholds(manifest.precision, manifest.kv_cache_dtype))
     finally:
         engine.close()
         reference.close()
@@ -236,6 +245,18 @@ def _published(output: Path, record: BuildRecord, source: Checkpoint) -> Manifes
         return None
     whole = has_model_files(output, source.directory, source.serving_files, record.options.placement)
     return manifest if whole else None
+
+
+def _kv_cache_dtype(builder: EngineBuilder, precision: Precision, choice: KvCacheChoice) -> KvCacheDtype:
+    own, *others = builder.kv_cache_dtypes[precision]
+    if choice == "auto":
+        return own
+    if choice not in others:
+        raise BuildError(
+            f"kv_cache_dtype is {choice!r}; for runtime {builder.runtime} it must be "
+            f"{' or '.join(('auto', *others))}"
+        )
+    return choice
 
 
 def _limits(

@@ -6,6 +6,7 @@ Slow and plain. The numerics gate and the tests hold the engines against it.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from quire.errors import EngineStepError
 from quire.execution.executor import PoolInfo, StepOutput
+from quire.execution.manifest import KvCacheDtype
 from quire.execution.model_inputs import ModelInputs
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
@@ -33,6 +35,14 @@ class FinishedStep:
             assert self.error is not None
             raise self.error
         return self.output
+
+
+KV_DTYPES: Mapping[KvCacheDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 class TorchExecutor:

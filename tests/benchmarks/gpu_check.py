@@ -8,7 +8,7 @@ kernels     each kernel by itself: gpu_linear.py, gpu_kernels.py, gpu_sampling.p
 8b, 7b      decode steps, prompts and whole requests at that shape with random weights, beside vLLM's figures
 hosted      the same plan hosted by Triton and in the scheduler's process, to clients that stream; the
             servers' logs are left in OUT, and where Triton can't load it, it is tried without CUDA graphs
-precision   what the numerics gate sees of bf16 and fp16
+precision   what the numerics gate sees of each precision and of KV in fp8; 8b in those of eight bits
 
 A stage writes OUT/STAGE.json after every result and ends within nine minutes: what there is no time for is
 left out, and said to be. With `--reuse DIR` plans stay in that folder, 16 GB each, for the next call.
@@ -56,7 +56,7 @@ from quire.scheduling.request import Request
 from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire_build.decoder import Decoder
-from quire_build.gate import compare, describe, gate_workload
+from quire_build.gate import compare, describe, gate_workload, thresholds
 from quire_build.quantization import WEIGHT_GROUP, narrow_type
 from quire_build.torch_executor import TorchExecutor
 
@@ -72,6 +72,8 @@ SLOWEST_TOKENS_PER_S = 4500
 PEER_FILE = Path(__file__).with_name("vllm_h200.json")
 SMALL_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "quire-small"
 STAGE_S = 520
+KV_FP8_S = 130
+"""Seconds that a plan of 8b takes to be built, made ready and measured in decode steps."""
 LOAD_S = 100.0
 """Seconds that a server of stage hosted may take to load."""
 KERNEL_SCRIPTS = {"gpu_sampling.py": 100, "gpu_kernels.py": 150, "gpu_linear.py": 210}
@@ -249,7 +251,8 @@ def check_numerics(results: CheckedResults, shape: Shape, dtype: torch.dtype, lo
     workload = gate_workload(config.vocab_size, BLOCK_SIZE, LIMITS, max_logits_rows=loaded.engine.max_rows)
     torch_executor = reference(shape, dtype, workload.num_blocks)
     try:
-        report = compare(torch_executor, loaded.executor, workload, shape.precision)
+        limits = thresholds(shape.precision, loaded.engine.manifest.kv_cache_dtype)
+        report = compare(torch_executor, loaded.executor, workload, limits)
     finally:
         torch_executor.close()
     results.check(not report.exceeded, numerics=describe(report), exceeded=list(report.exceeded))
@@ -379,14 +382,21 @@ def measure_prefill(results: Results, loaded: LoadedPlan) -> None:
         results.add(prefill=num_tokens, ms=round(time_ms, 2), tokens_per_s=round(1e3 * num_tokens / time_ms))
 
 
-def measure_decode(name: str, results: Results, loaded: LoadedPlan, peer: Peer, clock: Clock) -> None:
+def measure_decode(
+    name: str,
+    results: Results,
+    loaded: LoadedPlan,
+    peer: Peer,
+    clock: Clock,
+    contexts: Sequence[int] = CONTEXTS,
+) -> None:
     manifest = loaded.engine.manifest
     config = SHAPES[name].decoder_config
     weights = RandomWeights(config, 1, DTYPES[manifest.precision])
     element_bytes = 1 + 2 / WEIGHT_GROUP if narrow_type(manifest.precision) else 2
     weight_bytes = weights.num_read_elements * element_bytes
     token_bytes = manifest.kv_bytes_per_block // BLOCK_SIZE
-    for context in CONTEXTS:
+    for context in contexts:
         count, sequences = sequences_that_fit(loaded, max(BATCHES), context + ROOM)
         fill(loaded.executor, sequences, count, context, LIMITS.max_num_batched_tokens)
         for batch in BATCHES:
@@ -514,7 +524,7 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
     from quire_build.pipeline import build  # needs tritonclient
 
     precisions: tuple[Precision, ...] = ("bf16", "fp16", "int8", "fp8")
-    for precision in precisions:
+    for precision, kv_cache_dtype in (*((name, "auto") for name in precisions), ("bf16", "fp8")):
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "repository"
             build(
@@ -522,14 +532,24 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
                 output,
                 runtime="tensorrt",
                 precision=precision,
+                kv_cache_dtype="fp8" if kv_cache_dtype == "fp8" else "auto",
                 engine=EnginePlacement.IN_PROCESS,
                 gate_text=SMALL_CHECKPOINT / "held-out.txt",
                 accept_numerics=True,
                 progress=lambda line: print(line, flush=True),
             )
             gate = read_manifest(output / EnginePlacement.IN_PROCESS.engine_owner / "1").gate
-        results.add(gate=SMALL_CHECKPOINT.name, precision=precision, **msgspec.to_builtins(gate))
+        results.add(
+            gate=SMALL_CHECKPOINT.name,
+            precision=precision,
+            kv_cache_dtype=kv_cache_dtype,
+            **msgspec.to_builtins(gate),
+        )
     check_shape("8b int8", results, options, clock, workloads=WORKLOADS[1:2])
+    if clock.left_s < KV_FP8_S:
+        results.add(shape="8b KV fp8", skipped="no time")
+    else:
+        measure_kv_fp8(results, options, clock)
     shape = SHAPES["2 layers of 8b"]
     for precision in precisions[:2]:  # eight bits want another reference
         if clock.left_s < 90:
@@ -542,6 +562,17 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
                 check_numerics(results, Shape(shape.config, precision), DTYPES[precision], loaded)
             finally:
                 loaded.executor.close()
+
+
+def measure_kv_fp8(results: Results, options: argparse.Namespace, clock: Clock) -> None:
+    """Decode steps of 8b over a pool of fp8, where reading KV takes long."""
+    name = "8b KV fp8"
+    loaded = load(plan_directory(name, options, results))
+    results.add(load=name, kv_blocks=loaded.engine.pool_info.num_blocks, **loaded.seconds)
+    try:
+        measure_decode(name, results, loaded, Peer("8b", results.bandwidth_gb_s), clock, CONTEXTS[1:])
+    finally:
+        loaded.executor.close()
 
 
 STAGES: dict[str, Callable[[CheckedResults, argparse.Namespace, Clock], None]] = {

@@ -4,8 +4,8 @@
 
 First one mixed step against float32 torch. Then decode steps, as KV bytes read over time beside the copy
 bandwidth of the same process, and prefill chunks, with the operator's own settings; then, in the time that is
-left, both with other settings. bfloat16, shapes of Llama-3-8B and Llama-2-7B. One graph runs enough launches,
-each over blocks of its own, that no cache helps.
+left, both with other settings. bfloat16, over pools of bfloat16 and of e4m3, shapes of Llama-3-8B and
+Llama-2-7B. One graph runs enough launches, each over blocks of its own, that no cache helps.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -36,7 +36,7 @@ from quire_build.tensorrt.operators import (
     paged_attend,
 )
 
-HEAD_DIM, BLOCK_SIZE, ELEMENT_BYTES, SCALE = 128, 16, 2, 128**-0.5
+HEAD_DIM, BLOCK_SIZE, SCALE = 128, 16, 128**-0.5
 MODELS = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32)}
 """Heads and KV heads."""
 BATCHES, CONTEXTS, CHUNKS = (1, 8, 32, 64, 128, 256), (200, 2_000, 16_000), (512, 2_048, 8_192)
@@ -61,6 +61,13 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"ROW_KEYS": 64, "ROW_STAGES": 1},
 )
 """Constants of the kernel, fields of its launch, and the operator's wish for programs."""
+FP8_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"FEW_KEYS": 128},
+    {"FEW_STAGES": 3},
+    {"ROW_KEYS": 64},
+    {"MIN_SPLIT": 256},
+)
+"""Likewise, over a pool of e4m3."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,13 @@ class Pool:
 
     def __init__(self) -> None:
         free_bytes, _ = torch.cuda.mem_get_info()
-        unit = torch.randn(32 << 20, device="cuda").to(torch.bfloat16)
-        self._elements = torch.empty((free_bytes - SPARED_BYTES) // 2, dtype=torch.bfloat16, device="cuda")
+        size = (free_bytes - SPARED_BYTES) // 2
+        self._elements = torch.empty(size, dtype=torch.bfloat16, device="cuda")
+
+    def fill(self, dtype: torch.dtype) -> None:
+        """Make it one of random numbers of this type."""
+        unit = torch.randn(32 << 20, device="cuda").to(dtype)
+        self._elements = self._elements.view(dtype)
         for part in self._elements.split(unit.numel()):
             part.copy_(unit[: part.numel()])
 
@@ -123,7 +135,7 @@ def attend_operator(heads: int, pool: Tensor, layer: int) -> PagedAttend:
         max_blocks=blocks,
         num_pools=1,
         blocks_per_pool=blocks,
-        kv_element_bytes=ELEMENT_BYTES,
+        kv_element_bytes=pool.element_size(),
         window=0,
         scale=SCALE,
     )
@@ -199,7 +211,7 @@ def step_time_ms(
     """Median time of attention for one layer, with the write before it if wanted."""
     blocks, layers, _, kv_heads, _, _ = pool.shape
     tokens = sum(step.query_lens)
-    read = sum(step.seq_lens) * 2 * kv_heads * HEAD_DIM * ELEMENT_BYTES
+    read = sum(step.seq_lens) * 2 * kv_heads * HEAD_DIM * pool.element_size()
     launches = max(layers, min(MOST_LAUNCHES, -(-READ_BYTES // read)))
     state, starts, lengths = new_state(blocks), starts_of(step), integers(step.seq_lens)
     query = torch.randn(tokens, heads, HEAD_DIM, device="cuda").to(torch.bfloat16)
@@ -216,7 +228,9 @@ def step_time_ms(
         attend = attend_operator(heads, pool, i % layers)
         if writes:
             layout = (attend.layer, layers, heads, kv_heads, HEAD_DIM, BLOCK_SIZE, blocks, 1, blocks)
-            write = KvWrite(*layout, max_positions=table.shape[0], head_normed=0, epsilon=0.0)
+            write = KvWrite(
+                *layout, pool.element_size(), max_positions=table.shape[0], head_normed=0, epsilon=0.0
+            )
             every.append(prepare(write, [qkv, table, positions, slots, qkv, pool, state], {})[0])
         every.append(prepare(attend, [query, tables, starts, lengths, pool, state], settings)[0])
 
@@ -245,7 +259,7 @@ def check(results: Results, pool: Pool) -> None:
             repeats.append(outputs[0].clone())
         # The specification, over only the blocks in question.
         used, small = torch.unique(tables, return_inverse=True)
-        keys, values = (cache[used.long(), 1, i].float() for i in range(2))
+        keys, values = torch.stack([cache[block, 1].float() for block in used.tolist()]).unbind(1)
         rows = torch.repeat_interleave(torch.arange(len(lengths), device="cuda"), starts.diff())
         last = (lengths - starts.diff())[rows] + torch.arange(tokens, device="cuda") - starts[:-1][rows]
         slots = small[rows, last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
@@ -257,6 +271,7 @@ def check(results: Results, pool: Pool) -> None:
         error = (outputs[0].float() - expected).norm() / expected.norm()
         results.add(
             check=name,
+            kv=str(cache.dtype),
             relative_error=float(error),
             repeats_equal=all(torch.equal(repeats[0], other) for other in repeats),
             counters_zero=not bool(state[1:].any()),
@@ -287,7 +302,12 @@ def measure(results: Results, pool: Pool, settings: Mapping[str, Any], deadline:
         if not layers or time.monotonic() > deadline:
             continue
         cache = pool.view(kv_heads, layers)
-        row: dict[str, Any] = {"model": model, "case": name, "settings": dict(settings)}
+        row: dict[str, Any] = {
+            "model": model,
+            "case": name,
+            "kv": str(cache.dtype),
+            "settings": dict(settings),
+        }
         try:
             time_ms = step_time_ms(heads, cache, step, settings)
         except Exception as error:  # a setting may want more than the GPU has
@@ -295,7 +315,7 @@ def measure(results: Results, pool: Pool, settings: Mapping[str, Any], deadline:
             return
         row["us"] = round(time_ms * 1e3, 2)
         if name.startswith("decode"):
-            read = sum(step.seq_lens) * 2 * kv_heads * HEAD_DIM * ELEMENT_BYTES
+            read = sum(step.seq_lens) * 2 * kv_heads * HEAD_DIM * cache.element_size()
             row["gb_s"] = round(read / time_ms / 1e6)
             row["share_of_bandwidth"] = results.share_of_bandwidth(read, time_ms)
         else:
@@ -315,6 +335,14 @@ if __name__ == "__main__":
     torch.cuda.empty_cache()
     torch.manual_seed(0)
     whole = Pool()
-    check(collected, whole)
-    for chosen in ({}, *SETTINGS):
-        measure(collected, whole, chosen, end)
+    own: tuple[dict[str, Any], ...] = ({},)
+    for element, every in (
+        (torch.bfloat16, own),
+        (torch.float8_e4m3fn, (*own, *FP8_SETTINGS)),
+        (torch.bfloat16, SETTINGS),
+    ):
+        whole.fill(element)
+        if {} in every:
+            check(collected, whole)
+        for chosen in every:
+            measure(collected, whole, chosen, end)

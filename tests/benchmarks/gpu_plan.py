@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.execution.manifest import EngineLimits, Precision, write_manifest
+from quire.execution.manifest import EngineLimits, KvCacheDtype, Precision, write_manifest
 from quire.execution.tensorrt.cuda import CudaDevice
 from quire.execution.tensorrt.engine import TensorRTEngine
 from quire.execution.tensorrt.executor import TensorRTExecutor
@@ -23,12 +23,13 @@ from quire.execution.tensorrt.plan import TensorRTPlan
 from quire.interface import PLAN_FILE, EnginePlacement
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
-from quire_build.engine_builder import EngineOptions, engine_manifest
+from quire_build.engine_builder import KV_ELEMENT_BYTES, EngineOptions, engine_manifest
 from quire_build.export import export_graph
 from quire_build.quantization import narrow_type
 from quire_build.rope import cosine_and_sine
 from quire_build.tensorrt.builder import TensorRTBuilder, built_plan
 from quire_build.tensorrt.plan import PlanOptions, build_plan
+from quire_build.torch_executor import KV_DTYPES
 
 LIMITS = EngineLimits(max_num_seqs=1024, max_num_batched_tokens=8192, max_model_len=4096)
 DTYPES: dict[Precision, torch.dtype] = {
@@ -37,17 +38,19 @@ DTYPES: dict[Precision, torch.dtype] = {
     "int8": torch.bfloat16,
     "fp8": torch.bfloat16,
 }
-"""Of activations, KV and weights that are not quantised."""
+"""Of activations and weights that are not quantised."""
 STANDARD_DEVIATION = 0.02
 BLOCK_SIZE = TensorRTBuilder.block_size
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's dimensions, as its config.json has them, and what it is computed in."""
+    """A model's dimensions, as its config.json has them, what it is computed in, and what KV is kept in."""
 
     config: dict[str, Any]
     precision: Precision
+    kv_cache_dtype: KvCacheDtype | None = None
+    """None for the precision's own."""
 
     @property
     def decoder_config(self) -> DecoderConfig:
@@ -82,6 +85,7 @@ SHAPES = {
     "8b": Shape(LLAMA_3_8B, "bf16"),
     "7b": Shape(LLAMA_2_7B, "fp16"),
     "8b int8": Shape(LLAMA_3_8B, "int8"),
+    "8b KV fp8": Shape(LLAMA_3_8B, "bf16", "fp8"),
     "2 layers of 8b": Shape(LLAMA_3_8B | {"num_hidden_layers": 2}, "bf16"),
     "2 layers of 8b int8": Shape(LLAMA_3_8B | {"num_hidden_layers": 2}, "int8"),
 }
@@ -149,12 +153,13 @@ def build_random_plan(
     graph = export_graph(config, BLOCK_SIZE, limits.max_model_len)
     note("export_s")
     dtype = DTYPES[precision]
-    kv_bytes_per_block = config.kv_elements_per_token * BLOCK_SIZE * dtype.itemsize
+    kv_cache_dtype = shape.kv_cache_dtype or TensorRTBuilder.kv_cache_dtypes[precision][0]
     options = PlanOptions(
         dtype=dtype,
+        kv_dtype=KV_DTYPES[kv_cache_dtype],
         limits=limits,
         block_size=BLOCK_SIZE,
-        kv_bytes_per_block=kv_bytes_per_block,
+        kv_bytes_per_block=config.kv_elements_per_token * BLOCK_SIZE * KV_ELEMENT_BYTES[kv_cache_dtype],
         pool_bytes=pool_bytes,
         narrow=narrow_type(precision),
     )
@@ -166,7 +171,9 @@ def build_random_plan(
     manifest = engine_manifest(
         config,
         TensorRTBuilder(),
-        EngineOptions(precision, limits, EnginePlacement.IN_PROCESS, gpu_memory_utilization=90),
+        EngineOptions(
+            precision, kv_cache_dtype, limits, EnginePlacement.IN_PROCESS, gpu_memory_utilization=90
+        ),
         built_plan(plan.details),
         directory,
         checkpoint_digest="random weights",

@@ -19,7 +19,7 @@ from quire.execution.manifest import EngineLimits, GateReport, Precision
 from quire_build.calibration import calibrate
 from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder import Decoder
-from quire_build.gate import compare, describe, read_tokens, text_workload
+from quire_build.gate import THRESHOLDS, compare, describe, read_tokens, text_workload
 from quire_build.quantization import (
     Calibration,
     NarrowType,
@@ -82,7 +82,7 @@ def main() -> None:
             TorchExecutor(decoder, config, workload.num_blocks, BLOCK_SIZE, kv_dtype)
             for decoder, kv_dtype in both
         )
-        reports[name] = compare(reference, engine, workload, precision)
+        reports[name] = compare(reference, engine, workload, THRESHOLDS[precision])
         print(name, describe(reports[name]), reports[name].exceeded, file=sys.stderr, flush=True)
     print(json.dumps({name: msgspec.to_builtins(report) for name, report in reports.items()}, indent=2))
 

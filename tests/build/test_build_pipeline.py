@@ -98,7 +98,7 @@ def test_a_checkpoint_without_bos_and_eos_becomes_a_whole_repository(
     verify_files(manifest, engine_dir)
     assert manifest.files.keys() == {"model.onnx", "model.onnx.data"}
     assert manifest.limits.max_model_len == 128
-    assert manifest.kv_bytes_per_block == 2 * 32 * 16 * 4
+    assert manifest.kv_cache_dtype == "float32" and manifest.kv_bytes_per_block == 2 * 32 * 16 * 4
     assert 0 < manifest.gate.max_abs_logit_error < 1e-4 and manifest.gate.positions > 300
     for model in ("llm", "scheduler", "engine"):
         assert (result.repository / model / "config.pbtxt").is_file()
@@ -321,6 +321,8 @@ def test_an_unsound_checkpoint_is_refused_by_name_and_nothing_is_left(
         ("max_num_batched_tokens", 255),
         ("frontends", 0),
         ("precision", "fp8"),
+        ("kv_cache_dtype", "fp8"),
+        ("kv_cache_dtype", "int4"),
         ("runtime", "onnx"),
         ("gpu_memory_utilization", 100),
         ("gate_text", Path("/no/such/text")),

@@ -251,6 +251,18 @@ def test_sequences_without_tokens_and_tokens_of_no_sequence_change_nothing() -> 
         assert together[4:].isnan().all()
 
 
+def test_attention_in_bfloat16_over_a_pool_of_few_bits_multiplies_float16() -> None:
+    """So the interpreter, which cannot multiply bfloat16, shows what a plan of bfloat16 computes."""
+    layout = Layout(4, 2, 32, 16, dtype=torch.float8_e4m3fn)
+    rng = np.random.default_rng(6)
+    step = make_step(rng, layout, [1, 20, 1], [40, 20, 3])
+    query = torch.from_numpy(rng.standard_normal((22, 4, 32)).astype(np.float32)).to(torch.bfloat16)
+    for rows in (32, 64):
+        got = run_attention(query, step, layout, 1, 2, rows, 16).double()
+        expected = reference_attention(query, step, layout, 1)
+        assert float((got - expected).norm() / expected.norm()) < 5e-3
+
+
 def rope_table(head_dim: int, positions: int) -> torch.Tensor:
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
     angle = torch.arange(positions)[:, None] * frequency
@@ -317,6 +329,22 @@ def test_kv_write_rotates_and_writes_every_slot_once(dtype: torch.dtype, head_di
     torch.testing.assert_close(step.pool.double(), expected, atol=atol, rtol=0, equal_nan=True)
 
 
+def test_kv_write_makes_the_largest_e4m3_of_what_is_beyond_it() -> None:
+    layout = Layout(1, 1, 16, 8, layers=1, dtype=torch.float8_e4m3fn)
+    step = make_step(np.random.default_rng(8), layout, [1], [0])
+    before = step.pool.clone()
+    written = torch.tensor([0.0, 1.97, -17.0, 3e-3, 447.0, 448.0, 449.0, 463.0, 465.0, -470.0, 1e4, -1e30])
+    values = torch.cat([written, torch.tensor([3e38, -3e38, 0.25, -448.0])])
+    qkv = torch.cat([torch.zeros(16), values, values])[None]
+    run_kv_write(qkv, rope_table(16, 8), step, layout, 0)  # at position 0, which is not rotated
+    block = int(step.block_tables[0, 0])
+    expected = values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    for kept in step.pool[block, 0, :, 0, 0]:
+        assert torch.equal(kept.view(torch.uint8), expected.view(torch.uint8))
+    step.pool[block, 0, :, 0, 0] = before[block, 0, :, 0, 0]
+    assert torch.equal(step.pool.view(torch.uint8), before.view(torch.uint8)), "something else was written"
+
+
 def test_kv_write_leaves_the_null_block_and_everything_outside_alone() -> None:
     layout = Layout(2, 1, 16, 8, layers=1)
     step = make_step(np.random.default_rng(5), layout, [1, 1], [0, 3])
@@ -326,23 +354,32 @@ def test_kv_write_leaves_the_null_block_and_everything_outside_alone() -> None:
     assert torch.equal(before.view(torch.int32), step.pool.view(torch.int32))
 
 
-PTX_SCRIPT = """
+PTX_SCRIPT = r"""
+import re
 from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.operators import KvWrite, PagedAttend, PlainArithmetic, StepBegin
 
 pool = dict(layer=0, num_layers=32, head_dim=128, block_size=16, max_blocks=60000, blocks_per_pool=30000)
+long = dict(head_dim=256)
 norms = dict(max_positions=8192, head_normed=1, epsilon=1e-6)
-attend = dict(kv_element_bytes=2, window=0, scale=0.1)
+bf16, fp8 = dict(kv_element_bytes=2), dict(kv_element_bytes=1)
+attend = dict(window=0, scale=0.1)
 tokens = [(64, 6144), (8192, 128), (64,), (64,), (2, 128), (1,), (1,)]
 rows = [(64, 32, 128), (64, 9), (65,), (64,), (1,), (1,)]
 operators = [
-    (KvWrite(**pool, **norms, num_pools=1, num_heads=32, num_kv_heads=8), tokens),
-    (PagedAttend(**pool, **attend, num_pools=1, num_heads=32, num_kv_heads=8), rows),
-    (PagedAttend(**pool, **attend, num_pools=2, num_heads=32, num_kv_heads=32), rows),
-    (PagedAttend(**(pool | dict(head_dim=256)), **attend, num_pools=1, num_heads=16, num_kv_heads=8), rows),
+    (KvWrite(**pool, **bf16, **norms, num_pools=1, num_heads=32, num_kv_heads=8), tokens),
+    (PagedAttend(**pool, **bf16, **attend, num_pools=1, num_heads=32, num_kv_heads=8), rows),
+    (PagedAttend(**pool, **bf16, **attend, num_pools=2, num_heads=32, num_kv_heads=32), rows),
+    (PagedAttend(**(pool | long), **bf16, **attend, num_pools=1, num_heads=16, num_kv_heads=8), rows),
     (StepBegin(128256, 2, 2, 60000, 256), [(64,)]),
 ]
-cases = [(90, case) for case in operators] + [(80, operators[1]), (89, operators[3])]
+narrow = [
+    (KvWrite(**pool, **fp8, **norms, num_pools=1, num_heads=32, num_kv_heads=8), tokens),
+    (PagedAttend(**pool, **fp8, **attend, num_pools=1, num_heads=32, num_kv_heads=8), rows),
+    (PagedAttend(**(pool | long), **fp8, **attend, num_pools=2, num_heads=16, num_kv_heads=8), rows),
+]
+cases = [(arch, case) for arch in (89, 90) for case in narrow] + [(90, case) for case in operators]
+cases += [(80, operators[1]), (89, operators[3])]
 for arch, (operator, shapes) in cases:
     launch = operator.launch(shapes, PlainArithmetic())
     types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
@@ -355,8 +392,10 @@ for arch, (operator, shapes) in cases:
     assert (".maxnreg 128" in compiled.ptx) == (launch.max_registers == 128)
     if isinstance(operator, KvWrite):
         assert "ld.global.v4" in compiled.ptx, "narrow loads"
+        assert ("satfinite.e4m3x2" in compiled.ptx) == (operator.kv_element_bytes == 1)
     if isinstance(operator, PagedAttend):
-        assert "cp.async.cg.shared.global" in compiled.ptx, "keys are not fetched ahead"
+        fetches = re.findall(r"cp\.async\.c\w\.shared\.global \[[^;]*\], (0x\w+)", compiled.ptx)
+        assert fetches and set(fetches[:8]) == {"0x10"}, "keys are not fetched ahead by 16 bytes"
         assert (launch.max_registers == 128) == (operator.head_dim == 128)
     print(arch, compiled.name, compiled.threads, compiled.shared_bytes)
 try:
@@ -379,7 +418,7 @@ def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
     )
     assert done.returncode == 0, done.stderr
     *compiled, refusal = done.stdout.splitlines()
-    assert len(compiled) == 7
+    assert len(compiled) == 13
     _, name, _, shared_bytes = compiled[-1].split()
     assert refusal.startswith(f"kernel {name} wants {shared_bytes} bytes of shared memory; ")
     assert f"can give it {int(shared_bytes) - 1}" in refusal

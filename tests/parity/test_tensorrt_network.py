@@ -25,6 +25,7 @@ from torch import Tensor
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
+from tests.parity import test_tensorrt_lowering
 from tests.parity.test_tensorrt_lowering import NUM_BLOCKS, Array, logits, model, padded_step, step
 from tests.parity.test_tensorrt_operators import run
 
@@ -150,13 +151,14 @@ def written(
     narrow: NarrowType | None = None,
     inputs: dict[str, Array] | None = None,
     shared_bytes: int = DEFAULT_SHARED_BYTES,
+    kv_dtype: torch.dtype = torch.float32,
 ) -> Network:
     """The stand-in with a model in it, computed on `inputs`, or those of `step`."""
     weights = {w.name: torch.tensor(numpy_helper.to_array(w)) for w in model.graph.initializer}
     lowered = copy.deepcopy(model)
     lower(lowered)
     given = {name: torch.from_numpy(array) for name, array in (inputs or step()).items()}
-    given["kv_cache.0"] = given.pop("kv_cache")
+    given["kv_cache.0"] = given.pop("kv_cache").to(kv_dtype)
     network = Network(given)
     pool = PoolLayout(max_blocks=NUM_BLOCKS, num_pools=1, blocks_per_pool=NUM_BLOCKS)
     writer = NetworkWriter(
@@ -164,6 +166,7 @@ def written(
         lowered,
         weights.__getitem__,
         dtype=torch.float32,
+        kv_dtype=kv_dtype,
         narrow=narrow,
         shared_bytes=shared_bytes,
         pool=pool,
@@ -237,6 +240,32 @@ def test_the_weights_take_as_much_as_the_pools_size_rests_on(
 ) -> None:
     expected = written(model, narrow).constant_bytes
     assert weight_bytes(model, 4, narrow is not None) == pytest.approx(expected, rel=0.01)
+
+
+def test_network_over_a_pool_of_fp8_computes_the_logits_of_kv_rounded_to_it(
+    model: onnx.ModelProto, tensorrt: list[operators.Operator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounded(values: Array) -> Array:
+        narrow = torch.from_numpy(values).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+        return np.asarray(narrow.float().numpy())
+
+    unrounded, inputs = logits(model), step()
+    inputs |= {name: rounded(array) for name, array in inputs.items() if "_cache" in name}
+    attend = test_tensorrt_lowering.PagedAttention._run
+
+    def attend_rounded(
+        self: Any, query: Array, key: Array, value: Array, *rest: Array, **scalars: Any
+    ) -> Any:
+        return attend(self, query, rounded(key), rounded(value), *rest, **scalars)
+
+    monkeypatch.setattr(test_tensorrt_lowering, "step", lambda: inputs)
+    monkeypatch.setattr(test_tensorrt_lowering.PagedAttention, "_run", attend_rounded)
+    expected = logits(model)
+    network = written(model, inputs=inputs, kv_dtype=torch.float8_e4m3fn)
+    np.testing.assert_allclose(network.marked["logits"].numpy(), expected, atol=2e-4, rtol=2e-4)
+    assert np.abs(unrounded - expected).max() > 0.1
+    own = [operator for operator in tensorrt if hasattr(operator, "kv_element_bytes")]
+    assert [operator.kv_element_bytes for operator in own] == [1] * 5
 
 
 @pytest.mark.usefixtures("tensorrt")

@@ -89,13 +89,21 @@ class CutPool:
 
     GUARD = 64
 
-    def __init__(self, model: Model, num_blocks: int, num_pools: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        num_blocks: int,
+        num_pools: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.num_blocks, self.num_pools = num_blocks, num_pools
+        self.element_bytes = dtype.itemsize
         self.per_pool = -(-num_blocks // num_pools)
-        block, header = math.prod(model.block_shape), POOL_HEADER_BYTES // 4
+        block, header = math.prod(model.block_shape), POOL_HEADER_BYTES // self.element_bytes
         size = num_pools * (self.per_pool * block + header + self.GUARD)
-        self.buffer = torch.randn(size, generator=generator)
+        self.buffer = torch.randn(size, generator=generator).to(dtype)
         self.parts: list[torch.Tensor] = []
         self._blocks: list[torch.Tensor] = []
         at = 0
@@ -107,13 +115,18 @@ class CutPool:
             at += first + self.per_pool * block + self.GUARD
 
     def content(self) -> torch.Tensor:
-        """All blocks in order, a copy."""
-        return torch.cat(self._blocks)[: self.num_blocks].clone()
+        """All blocks in order, a copy in float32."""
+        return torch.cat([blocks.float() for blocks in self._blocks])[: self.num_blocks]
+
+    def changed_since(self, before: torch.Tensor) -> int:
+        """Elements of the buffer that are other bits than in its earlier copy."""
+        bits = torch.uint8 if self.element_bytes == 1 else torch.int32
+        return int((self.buffer.view(bits) != before.view(bits)).sum())
 
     def begin(self, state: torch.Tensor, max_blocks: int) -> None:
         """What StepBegin does for the pool."""
         parts = [*self.parts, *self.parts[:1] * (MAX_POOLS - len(self.parts))]
-        operator = StepBegin(100, self.num_pools, 4, max_blocks, MAX_NUM_SEQS)
+        operator = StepBegin(100, self.num_pools, self.element_bytes, max_blocks, MAX_NUM_SEQS)
         step = integers([1, 1, STEP_MARK, 1, 1])
         run(operator, [integers([1]), step, state, *(part.view(torch.int64) for part in parts)])
 
@@ -164,8 +177,11 @@ def write_and_attend(
         ).flatten(1)
         for x in split[:2]
     )
+    value = split[2].flatten(1)
+    if pool.element_bytes == 1:
+        key, value = (kept.clamp(-448, 448).to(torch.float8_e4m3fn).float() for kept in (key, value))
     expected, _, _ = paged_attention_in_place(
-        query, key, split[2].flatten(1), expected_pool[:, layer, 0], expected_pool[:, layer, 1],
+        query, key, value, expected_pool[:, layer, 0], expected_pool[:, layer, 1],
         slots, tables, starts, lengths, 0.3, model.heads, model.kv_heads, model.window,
     )  # fmt: skip
 
@@ -183,7 +199,7 @@ def write_and_attend(
     torch.testing.assert_close(rotated[:tokens].flatten(1), query, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(pool.content(), expected_pool, atol=1e-6, rtol=1e-5)
     written = tokens * 2 * model.kv_heads * model.head_dim
-    assert int((pool.buffer != before).sum()) <= written, "something besides the step's slots changed"
+    assert pool.changed_since(before) <= written, "something besides the step's slots changed"
     attended = run(paged_attend(model, pool, layer), [rotated, tables, starts, lengths, pool.parts[0], state])
     torch.testing.assert_close(attended[0][:tokens], expected, atol=1e-5, rtol=1e-4)
     assert attended[0][tokens:].isnan().all(), "tokens of no sequence were attended"
@@ -193,14 +209,15 @@ def write_and_attend(
 def kv_write(model: Model, pool: CutPool, layer: int) -> KvWrite:
     return KvWrite(
         layer, model.layers, model.heads, model.kv_heads, model.head_dim, model.block_size, pool.num_blocks,
-        pool.num_pools, pool.per_pool, max_positions=MAX_POSITIONS, head_normed=0, epsilon=0.0,
+        pool.num_pools, pool.per_pool, pool.element_bytes, max_positions=MAX_POSITIONS, head_normed=0,
+        epsilon=0.0,
     )  # fmt: skip
 
 
 def paged_attend(model: Model, pool: CutPool, layer: int) -> PagedAttend:
     return PagedAttend(
         layer, model.layers, model.heads, model.kv_heads, model.head_dim, model.block_size, pool.num_blocks,
-        pool.num_pools, pool.per_pool, kv_element_bytes=4, window=model.window, scale=0.3,
+        pool.num_pools, pool.per_pool, pool.element_bytes, window=model.window, scale=0.3,
     )  # fmt: skip
 
 
@@ -214,10 +231,14 @@ STEPS = {
 }
 
 
+POOL_TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=["", "fp8"])
+
+
+@POOL_TYPES
 @pytest.mark.parametrize("name", STEPS)
-def test_write_and_attend_are_rope_and_paged_attention(name: str) -> None:
+def test_write_and_attend_are_rope_and_paged_attention(name: str, dtype: torch.dtype) -> None:
     model, num_pools, query_lens, seq_lens = STEPS[name]
-    pool = CutPool(model, 48, num_pools, len(name))
+    pool = CutPool(model, 48, num_pools, len(name), dtype)
     write_and_attend(model, pool, query_lens, seq_lens, model.layers - 1, len(name))
 
 
@@ -239,7 +260,8 @@ def test_decode_rows_have_padding_behind_them(padding: tuple[int, int]) -> None:
         write_and_attend(model, pool, [1] * len(seq_lens), seq_lens, 1, 5, padding)
 
 
-def test_write_and_attend_over_random_steps() -> None:
+@POOL_TYPES
+def test_write_and_attend_over_random_steps(dtype: torch.dtype) -> None:
     rng = np.random.default_rng(11)
     for seed in range(3):
         group, kv_heads = int(rng.integers(1, 6)), int(rng.integers(1, 3))
@@ -247,18 +269,19 @@ def test_write_and_attend_over_random_steps() -> None:
         seqs = int(rng.integers(1, 5))
         query_lens = [int(n) for n in np.where(rng.random(seqs) < 0.5, 1, rng.integers(1, 30, seqs))]
         seq_lens = [int(q + rng.integers(0, 90)) for q in query_lens]
-        pool = CutPool(model, 64, int(rng.integers(1, 5)), seed)
+        pool = CutPool(model, 64, int(rng.integers(1, 5)), seed, dtype)
         padding = int(rng.integers(0, 40)), int(rng.integers(0, 9))
         write_and_attend(model, pool, query_lens, seq_lens, 0, seed, padding)
 
 
-def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else() -> None:
+@POOL_TYPES
+def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else(dtype: torch.dtype) -> None:
     """Zeros, any 32-bit numbers, and numbers near the valid ones, in every integer input at once."""
     rng = np.random.default_rng(12)
     model = Model(4, 2, 16, 8, layers=1)
     most = 2**31 - 1
     for attempt in range(6):
-        pool = CutPool(model, 12, 1 + attempt % 3, attempt)
+        pool = CutPool(model, 12, 1 + attempt % 3, attempt, dtype)
         state = new_state(12)
         pool.begin(state, 12)
         if attempt % 4 == 0:
@@ -274,7 +297,7 @@ def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else() -> No
         positions, slots = draw((tokens,)), draw((tokens,))
         (rotated,) = run(kv_write(model, pool, 0), [qkv, table, positions, slots, qkv, pool.parts[0], state])
         written = {s for s in slots.tolist() if 8 <= s < 12 * 8} if state[0] >= 12 else set()
-        changed = int((pool.buffer != before).sum())
+        changed = pool.changed_since(before)
         assert changed <= len(written) * 2 * 2 * 16
         assert bool(changed) == bool(written)
         tables, starts, lengths = draw((seqs, blocks)), draw((seqs + 1,)), draw((seqs,))
@@ -285,6 +308,34 @@ def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else() -> No
         assert not counters(state).any(), "a counter was left behind"
         if state[0] <= 0:
             assert not attended.nan_to_num().any(), "a pool without blocks was read"
+
+
+def test_attention_over_a_pool_of_few_bits_is_exact() -> None:
+    """Over what is in the pool, e4m3 costs nothing: heads of every size, decode rows and full tiles."""
+    rng = np.random.default_rng(13)
+    for head_dim in (6, 16, 24, 48, 160):
+        model = Model(4, 2, head_dim, 16, layers=1)
+        pool = CutPool(model, 12, 2, head_dim, torch.float8_e4m3fn)
+        state = new_state(12)
+        pool.begin(state, 12)
+        tables, starts, lengths = (
+            integers([3, 7, 1, 5, 2, 0]).view(2, 3),
+            integers([0, 1, 36]),
+            integers([41, 35]),
+        )
+        query = torch.from_numpy(rng.standard_normal((36, 4, head_dim)).astype(np.float32))
+        attended = run(paged_attend(model, pool, 0), [query, tables, starts, lengths, pool.parts[0], state])[
+            0
+        ]
+        kept = pool.content()[:, 0]
+        positions = torch.cat([torch.tensor([40]), torch.arange(35)])
+        blocks = torch.cat([tables[0, 2:], tables[1].repeat_interleave(16)[:35]]).long()
+        key, value = (kept[blocks, i, :, positions % 16].flatten(1) for i in range(2))
+        slots = (blocks * 16 + positions % 16).to(torch.int32)
+        expected, _, _ = paged_attention_in_place(
+            query.flatten(1), key, value, kept[:, 0], kept[:, 1], slots, tables, starts, lengths, 0.3, 4, 2, 0
+        )
+        torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_scratch_and_counters_hold_every_split_step() -> None:

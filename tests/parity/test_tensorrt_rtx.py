@@ -39,6 +39,7 @@ CONFIG = DecoderConfig(
 )  # fmt: skip
 OPTIONS = PlanOptions(
     dtype=torch.bfloat16,
+    kv_dtype=torch.bfloat16,
     limits=EngineLimits(max_num_seqs=8, max_num_batched_tokens=32, max_model_len=NUM_POSITIONS),
     block_size=BLOCK_SIZE,
     kv_bytes_per_block=CONFIG.kv_elements_per_token * BLOCK_SIZE * 2,
@@ -109,6 +110,7 @@ def test_what_is_not_ours_builds_for_every_profile() -> None:
         model,
         weights.__getitem__,
         dtype=OPTIONS.dtype,
+        kv_dtype=OPTIONS.kv_dtype,
         pool=OPTIONS.pool,
         max_num_seqs=OPTIONS.limits.max_num_seqs,
     )

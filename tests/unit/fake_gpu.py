@@ -60,6 +60,7 @@ MANIFEST = Manifest(
     block_size=BLOCK_SIZE,
     limits=LIMITS,
     precision="bf16",
+    kv_cache_dtype="bf16",
     runtime="tensorrt",
     runtime_version="11.2.1.2",
     inputs=(),

@@ -16,13 +16,16 @@ from quire.execution.executor import PoolInfo, StepOutput
 from quire.execution.manifest import EngineLimits, GateReport, Precision
 from quire.execution.model_inputs import ModelInputs
 from quire_build.gate import (
+    FP8_KV_THRESHOLDS,
     THRESHOLDS,
+    Thresholds,
     compare,
     enforce,
     exceeded,
     gate_workload,
     read_tokens,
     text_workload,
+    thresholds,
 )
 
 VOCAB_SIZE, BLOCK_SIZE = 50, 32
@@ -74,7 +77,7 @@ def _off_by(amount: float) -> Callable[[Logits, ModelInputs], Logits]:
 
 def _report(precision: Precision, distort: Callable[[Logits, ModelInputs], Logits] | None) -> GateReport:
     workload = gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS)
-    return compare(FakeExecutor(), FakeExecutor(distort), workload, precision)
+    return compare(FakeExecutor(), FakeExecutor(distort), workload, THRESHOLDS[precision])
 
 
 def test_an_equal_engine_passes_with_its_figures() -> None:
@@ -84,7 +87,7 @@ def test_an_equal_engine_passes_with_its_figures() -> None:
     assert (report.max_abs_logit_error, report.max_abs_probability_error) == (0.0, 0.0)
     assert (report.mean_abs_probability_error, report.mean_kl_divergence) == (0.0, 0.0)
     assert (report.top1_agreement, report.perplexity_ratio, report.exceeded) == (1.0, 1.0, ())
-    enforce(report, "float32")
+    enforce(report, "float32", "float32")
 
 
 @pytest.mark.parametrize("amount", [2e-3, -2e-3, float("nan")])
@@ -92,30 +95,46 @@ def test_one_wrong_logit_anywhere_fails_the_gate(amount: float) -> None:
     report = _report("float32", _off_by(amount))
     assert "max_abs_logit_error" in report.exceeded
     with pytest.raises(NumericsGateError, match="nothing was published"):
-        enforce(report, "float32")
+        enforce(report, "float32", "float32")
 
 
 def test_bf16_is_held_to_its_probabilities() -> None:
     report = _report("bf16", _off_by(0.5))
     assert report.max_abs_logit_error == pytest.approx(0.5, abs=1e-5)
-    enforce(report, "bf16")
+    enforce(report, "bf16", "bf16")
     report = _report("bf16", _off_by(20.0))
     assert report.top1_agreement < 1.0
     with pytest.raises(NumericsGateError, match=r"max_abs_probability_error 0\.\d+ \(threshold 0\.2\)"):
-        enforce(report, "bf16")
+        enforce(report, "bf16", "bf16")
 
 
 def test_force_publishes_what_exceeds_a_threshold_but_not_what_is_no_number() -> None:
-    enforce(_report("float32", _off_by(0.5)), "float32", force=True)
+    enforce(_report("float32", _off_by(0.5)), "float32", "float32", force=True)
     with pytest.raises(NumericsGateError):
-        enforce(_report("float32", _off_by(float("nan"))), "float32", force=True)
+        enforce(_report("float32", _off_by(float("nan"))), "float32", "float32", force=True)
+
+
+def test_kv_of_few_bits_have_thresholds_of_their_own_and_the_looser_of_two_counts() -> None:
+    assert thresholds("bf16", "bf16") == THRESHOLDS["bf16"]
+    assert thresholds("bf16", "fp8") == thresholds("int8", "fp8") == FP8_KV_THRESHOLDS
+    narrow = Thresholds(0.1, 1e-2, 3e-2, 0.8, 1.01)
+    looser = Thresholds(0.7, 1e-2, 3e-2, 0.7, 1.05)
+    assert narrow.or_looser(FP8_KV_THRESHOLDS) == FP8_KV_THRESHOLDS.or_looser(narrow) == looser
+    report = GateReport(on_text=True, mean_abs_probability_error=1.9e-3, top1_agreement=1.0)
+    report = msgspec.structs.replace(report, exceeded=exceeded(report, thresholds("bf16", "fp8")))
+    assert report.exceeded == ("mean_abs_probability_error",)
+    with pytest.raises(
+        NumericsGateError, match=r"than bf16 with KV in fp8 allows: mean.* \(threshold 0\.001\)"
+    ):
+        enforce(report, "bf16", "fp8")
+    enforce(report, "bf16", "fp8", force=True)
 
 
 def test_the_measures_are_what_they_are_called(tmp_path: Path) -> None:
     """Sharper logits everywhere, over a text: every measure against its definition, sequence by sequence."""
     workload = text_workload(*_text(tmp_path, 1000), BLOCK_SIZE, LIMITS)
     sharper = FakeExecutor(lambda logits, inputs: logits * np.float32(1.5))
-    report = compare(FakeExecutor(), sharper, workload, "bf16")
+    report = compare(FakeExecutor(), sharper, workload, THRESHOLDS["bf16"])
     next_p, next_q, divergences, largest = [], [], [], 0.0
     for sequence in workload.sequences:
         tokens = np.array(sequence.token_ids)
@@ -135,12 +154,14 @@ def test_the_measures_are_what_they_are_called(tmp_path: Path) -> None:
     assert report.top1_agreement == 1.0
     assert report.on_text and "mean_abs_probability_error" in report.exceeded
     with pytest.raises(NumericsGateError, match=r"mean_abs_probability_error 0\.\d+ \(threshold 0\.001\)"):
-        enforce(report, "bf16")
+        enforce(report, "bf16", "bf16")
 
 
 def test_on_random_tokens_the_next_one_is_not_held_to_anything_but_to_be_a_number() -> None:
     sharper = FakeExecutor(lambda logits, inputs: logits * np.float32(1.02))
-    report = compare(FakeExecutor(), sharper, gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS), "bf16")
+    report = compare(
+        FakeExecutor(), sharper, gate_workload(VOCAB_SIZE, BLOCK_SIZE, LIMITS), THRESHOLDS["bf16"]
+    )
     assert report.mean_abs_probability_error > 0 and not report.on_text
     with_text = msgspec.structs.replace(report, mean_abs_probability_error=0.5, perplexity_ratio=2.0)
     assert exceeded(with_text, THRESHOLDS["bf16"]) == ()

@@ -20,7 +20,7 @@ from quire_build import pipeline, quantization
 from quire_build.calibration import calibrate
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
-from quire_build.gate import compare, gate_workload
+from quire_build.gate import THRESHOLDS, compare, gate_workload
 from quire_build.quantization import (
     LARGEST,
     Calibration,
@@ -32,6 +32,7 @@ from quire_build.quantization import (
     quantized_linears,
     rounded_decoder,
 )
+from quire_build.tensorrt.builder import TensorRTBuilder
 from quire_build.torch_executor import TorchExecutor
 from quire_build.workload import Workload
 
@@ -80,7 +81,7 @@ def _errors(
         TorchExecutor(reference, CONFIG, workload.num_blocks, BLOCK_SIZE),
         TorchExecutor(engine, CONFIG, workload.num_blocks, BLOCK_SIZE, kv_dtype),
         workload,
-        "bf16",
+        THRESHOLDS["bf16"],
     )
     return report.max_abs_probability_error, report.mean_abs_probability_error
 
@@ -158,33 +159,39 @@ def test_a_plan_of_int8_differs_less_with_groups_than_with_channels() -> None:
         assert of_group < 0.8 * of_channel
 
 
-def test_a_plan_of_int8_is_held_against_the_module_rounded_to_bf16(
+def test_a_plan_of_eight_bits_is_held_against_the_module_rounded_to_its_model_type(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine that is exactly that module shows no difference; one of bf16 is held against float32."""
+    """An engine that is exactly that module shows no difference; one of 16 bits is held against float32."""
 
     class Builder:
         reference_device = "cpu"
+        kv_cache_dtypes = TensorRTBuilder.kv_cache_dtypes
 
         def executor(self, directory: Path, manifest: Any, workload: Workload) -> TorchExecutor:
+            dtype = torch.float16 if manifest.precision == "fp16" else torch.bfloat16
             return TorchExecutor(
-                rounded_decoder(decoder, torch.bfloat16),
-                CONFIG,
-                workload.num_blocks,
-                BLOCK_SIZE,
-                torch.bfloat16,
+                rounded_decoder(decoder, dtype), CONFIG, workload.num_blocks, BLOCK_SIZE, dtype
             )
 
     monkeypatch.setattr(pipeline, "load_decoder", lambda source, length: copy.deepcopy(decoder))
     source: Any = SimpleNamespace(config=CONFIG)
     builder: Any = Builder()
 
-    def report(precision: str) -> GateReport:
-        manifest: Any = SimpleNamespace(limits=LIMITS, plan=None, block_size=BLOCK_SIZE, precision=precision)
+    def report(precision: str, kv_cache_dtype: str) -> GateReport:
+        manifest: Any = SimpleNamespace(
+            limits=LIMITS,
+            plan=None,
+            block_size=BLOCK_SIZE,
+            precision=precision,
+            kv_cache_dtype=kv_cache_dtype,
+        )
         return pipeline._measure(source, manifest, Path(), builder, None)
 
-    assert report("int8").max_abs_logit_error == 0.0
-    assert report("bf16").max_abs_logit_error > 1e-4
+    for narrow in (("int8", "bf16"), ("int8", "fp8"), ("bf16", "fp8"), ("fp16", "fp8")):
+        assert report(*narrow).max_abs_logit_error == 0.0
+    assert report("bf16", "bf16").max_abs_logit_error > 1e-4
+    assert report("fp16", "fp16").max_abs_logit_error > 1e-5
 
 
 def test_a_rounded_decoder_differs_by_roundings_and_leaves_the_original_alone(decoder: Decoder) -> None:

@@ -123,6 +123,7 @@ def plan_manifest() -> Manifest:
         block_size=16,
         limits=EngineLimits(max_num_seqs=12, max_num_batched_tokens=300, max_model_len=100),
         precision="bf16",
+        kv_cache_dtype="bf16",
         runtime="tensorrt",
         runtime_version="11.2.1",
         inputs=(*(spec.name for spec in interface.PLAN_INPUTS), "kv_cache.0", "kv_cache.1"),

@@ -40,6 +40,7 @@ PLAN = Manifest(
     block_size=16,
     limits=EngineLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128),
     precision="bf16",
+    kv_cache_dtype="bf16",
     runtime="tensorrt",
     runtime_version="11.2.1.2",
     inputs=("input_ids",),

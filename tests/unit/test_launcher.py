@@ -49,6 +49,7 @@ MANIFEST = Manifest(
     block_size=32,
     limits=EngineLimits(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=2048),
     precision="float32",
+    kv_cache_dtype="float32",
     runtime="openvino",
     runtime_version="1",
     inputs=(),
@@ -61,6 +62,7 @@ MANIFEST = Manifest(
 PLAN = msgspec.structs.replace(
     MANIFEST,
     precision="bf16",
+    kv_cache_dtype="bf16",
     runtime="tensorrt",
     plan=PlanDetails(
         max_blocks=100,

@@ -29,6 +29,7 @@ def manifest(tmp_path: Path) -> Manifest:
         block_size=32,
         limits=EngineLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128),
         precision="float32",
+        kv_cache_dtype="float32",
         runtime="openvino",
         runtime_version="1.2.3",
         inputs=("input_ids",),
@@ -79,6 +80,7 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -
         (("block_size",), 0),
         (("block_size",), "32"),
         (("precision",), "float12"),
+        (("kv_cache_dtype",), "int8"),
         (("runtime",), "abacus"),
         (("model", "num_layers"), -1),
         (("limits", "max_model_len"), 1.5),
@@ -100,8 +102,18 @@ def test_a_field_that_does_not_make_sense_is_refused(
 
 def test_a_manifest_of_another_version_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     text = (tmp_path / "engine.json").read_text()
-    (tmp_path / "engine.json").write_text(text.replace('"version": 2', '"version": 99'))
-    with pytest.raises(ManifestError, match="has version 99, this Quire reads version 2"):
+    (tmp_path / "engine.json").write_text(text.replace('"version": 3', '"version": 99'))
+    with pytest.raises(ManifestError, match="has version 99, this Quire reads version 3"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_from_before_the_pool_had_a_type_of_its_own_is_refused_with_the_remedy(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    document = json.loads((tmp_path / "engine.json").read_text())
+    del document["kv_cache_dtype"]
+    (tmp_path / "engine.json").write_text(json.dumps(document | {"version": 2}))
+    with pytest.raises(ManifestError, match=r"of another version .*kv_cache_dtype.*again with `quire build`"):
         read_manifest(tmp_path)
 
 

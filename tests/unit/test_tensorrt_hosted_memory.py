@@ -87,12 +87,18 @@ def test_every_profile_has_a_context_with_memory_for_the_largest_step() -> None:
 def test_the_pool_gets_what_weights_and_reserve_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "this_gpu", lambda: Gpu("an H100", 90, 80 << 30, 227 << 10))
     options = EngineOptions(
-        precision="bf16", limits=LIMITS, placement=EnginePlacement.HOSTED, gpu_memory_utilization=90
+        precision="bf16",
+        kv_cache_dtype="bf16",
+        limits=LIMITS,
+        placement=EnginePlacement.HOSTED,
+        gpu_memory_utilization=90,
     )
     build = builder.TensorRTBuilder()
     left = (72 << 30) - host_reserve_bytes(LLAMA_8B, LIMITS, 2)
     assert build._hosted_pool_bytes(options, LLAMA_8B, 16 << 30) == left - (16 << 30)
     with pytest.raises(BuildError, match="nothing is left for the KV pool"):
         build._hosted_pool_bytes(options, LLAMA_8B, left)
+    fp8 = msgspec.structs.replace(options, kv_cache_dtype="fp8")
+    assert build._hosted_pool_bytes(fp8, LLAMA_8B, 16 << 30) == left - (16 << 30), "activations are as wide"
     in_process = msgspec.structs.replace(options, placement=EnginePlacement.IN_PROCESS)
     assert build._hosted_pool_bytes(in_process, LLAMA_8B, left) == 0

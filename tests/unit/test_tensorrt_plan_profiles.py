@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -25,7 +26,12 @@ BLOCK_BYTES = 131072
 
 def options(pool_bytes: int, limits: EngineLimits = LIMITS) -> PlanOptions:
     return PlanOptions(
-        torch.bfloat16, limits, block_size=16, kv_bytes_per_block=BLOCK_BYTES, pool_bytes=pool_bytes
+        torch.bfloat16,
+        torch.bfloat16,
+        limits,
+        block_size=16,
+        kv_bytes_per_block=BLOCK_BYTES,
+        pool_bytes=pool_bytes,
     )
 
 
@@ -87,6 +93,12 @@ def test_a_pool_that_cannot_be_bound_is_refused() -> None:
     for pool_bytes in (BLOCK_BYTES, (MAX_POOLS + 1) * 8 * LARGEST_TENSOR):
         with pytest.raises(BuildError, match=f"would be {pool_bytes} bytes"):
             assert options(pool_bytes).pool
+
+
+def test_a_pool_of_the_smallest_blocks_has_no_more_of_them_than_slots_have_numbers() -> None:
+    smallest = dataclasses.replace(options(MAX_POOLS << 34), kv_bytes_per_block=512)
+    assert smallest.pool.max_blocks * smallest.block_size <= 2**31 - 1
+    assert smallest.pool.max_blocks < smallest.pool_bytes // smallest.kv_bytes_per_block
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [((1, 16), 16), ((65, 256), 100), ((257, 2048), 100)])

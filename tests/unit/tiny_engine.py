@@ -104,6 +104,7 @@ def write_engine(
         block_size=BLOCK_SIZE,
         limits=LIMITS,
         precision=precision,
+        kv_cache_dtype=precision,
         runtime="openvino",
         runtime_version=OPENVINO_VERSION,
         inputs=tuple(spec.name for spec in STEP_INPUTS),

@@ -16,12 +16,13 @@ import msgspec
 
 from quire.errors import ManifestError
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 DIGEST_PIECE_BYTES = 32 << 20
 DIGEST_THREADS = 16
 
 Runtime = Literal["openvino", "tensorrt", "torch"]
 Precision = Literal["float32", "bf16", "fp16", "int8", "fp8"]
+KvCacheDtype = Literal["float32", "bf16", "fp16", "fp8"]
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -101,6 +102,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens in one block of the KV pool."""
     limits: EngineLimits
     precision: Precision
+    kv_cache_dtype: KvCacheDtype
+    """Of the pool's elements; fp8 is e4m3 with scale 1."""
     runtime: Runtime
     runtime_version: str
     inputs: tuple[str, ...]

@@ -12,11 +12,11 @@ import msgspec
 
 from quire.errors import BuildError
 from quire.execution.executor import Executor
-from quire.execution.manifest import Manifest, PlanDetails, Precision, Runtime
+from quire.execution.manifest import KvCacheDtype, Manifest, PlanDetails, Precision, Runtime
 from quire.execution.tensorrt.library import tensorrt_module
 from quire.interface import PLAN_FILE, PLAN_INPUTS, PLAN_OUTPUTS, POOL_INPUT_PREFIX, EnginePlacement
 from quire_build.checkpoint import Checkpoint, checkpoint_weights
-from quire_build.engine_builder import BuiltEngine, EngineOptions, Progress
+from quire_build.engine_builder import KV_ELEMENT_BYTES, BuiltEngine, EngineOptions, Progress
 from quire_build.tensorrt.machine import this_gpu
 from quire_build.workload import Workload
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from quire_build.decoder_config import DecoderConfig
 
+MODEL_ELEMENT_BYTES = 2
+"""Of activations, and of weights that are not of eight bits, in every precision."""
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
 
 
@@ -33,7 +35,12 @@ class TensorRTBuilder:
 
     runtime: Runtime = "tensorrt"
     block_size = 16
-    kv_element_bytes: Mapping[Precision, int] = {"bf16": 2, "fp16": 2, "int8": 2, "fp8": 2}
+    kv_cache_dtypes: Mapping[Precision, tuple[KvCacheDtype, ...]] = {
+        "bf16": ("bf16", "fp8"),
+        "fp16": ("fp16", "fp8"),
+        "int8": ("bf16", "fp8"),
+        "fp8": ("bf16", "fp8"),
+    }
     reference_device = "cuda"
     default_placement = EnginePlacement.IN_PROCESS
 
@@ -49,24 +56,24 @@ class TensorRTBuilder:
         self, source: Checkpoint, options: EngineOptions, directory: Path, progress: Progress
     ) -> BuiltEngine:
         """Lower the graph and build it; weights are read from the checkpoint as they are needed."""
-        import torch
-
         from quire_build.export import export_graph
         from quire_build.quantization import narrow_type
         from quire_build.tensorrt.plan import PlanOptions, build_plan
+        from quire_build.torch_executor import KV_DTYPES
 
         config, limits = source.config, options.limits
         progress(f"exporting the graph of {source.directory} ({config.architecture})")
         graph = export_graph(config, self.block_size, limits.max_model_len)
-        element_bytes = self.kv_element_bytes[options.precision]
+        kv_element_bytes = KV_ELEMENT_BYTES[options.kv_cache_dtype]
         narrow = narrow_type(options.precision)
         plan_options = PlanOptions(
-            dtype=torch.float16 if options.precision == "fp16" else torch.bfloat16,
+            dtype=KV_DTYPES[self.kv_cache_dtypes[options.precision][0]],
+            kv_dtype=KV_DTYPES[options.kv_cache_dtype],
             limits=limits,
             block_size=self.block_size,
-            kv_bytes_per_block=config.kv_elements_per_token * self.block_size * element_bytes,
+            kv_bytes_per_block=config.kv_elements_per_token * self.block_size * kv_element_bytes,
             pool_bytes=self._hosted_pool_bytes(
-                options, config, weight_bytes(graph, element_bytes, narrow is not None)
+                options, config, weight_bytes(graph, MODEL_ELEMENT_BYTES, narrow is not None)
             ),
             narrow=narrow,
             timing_cache=_cache_directory() / TIMING_CACHE_FILE,
@@ -98,7 +105,7 @@ class TensorRTBuilder:
         if options.placement is not EnginePlacement.HOSTED:
             return 0
         allowed = this_gpu().memory_bytes * options.gpu_memory_utilization // 100
-        reserve = host_reserve_bytes(config, options.limits, self.kv_element_bytes[options.precision])
+        reserve = host_reserve_bytes(config, options.limits, MODEL_ELEMENT_BYTES)
         pool_bytes = allowed - weight_bytes - reserve
         if pool_bytes <= 0:
             raise BuildError(

@@ -56,7 +56,8 @@ class NetworkWriter:
         network: a TensorRT network, made to prefer ahead-of-time plugins; `register_plugins` has been called.
         model: what `lower` returned, with or without its weights' data.
         weight: the checkpoint's tensors by name, in any type.
-        dtype: type of weights, activations and the pool.
+        dtype: type of weights and activations.
+        kv_dtype: type of the pool, `dtype` or e4m3.
         narrow: type of linear layers' weights, which have scales by groups of inputs; None if it is `dtype`.
         shared_bytes: shared memory that a program of a linear layer may have.
         pool: how the pool will be bound.
@@ -70,6 +71,7 @@ class NetworkWriter:
         weight: Callable[[str], Tensor],
         *,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype,
         narrow: NarrowType | None = None,
         shared_bytes: int = DEFAULT_SHARED_BYTES,
         pool: PoolLayout,
@@ -79,7 +81,7 @@ class NetworkWriter:
 
         self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
         self._dtype, self._narrow, self._shared_bytes = dtype, narrow, shared_bytes
-        self._pool, self._max_num_seqs = pool, max_num_seqs
+        self._pool, self._kv_dtype, self._max_num_seqs = pool, kv_dtype, max_num_seqs
         self._types = {
             torch.bfloat16: trt.bfloat16,
             torch.float16: trt.float16,
@@ -255,7 +257,7 @@ class NetworkWriter:
             "num_pools": self._pool.num_pools,
             "blocks_per_pool": self._pool.blocks_per_pool,
             "max_num_seqs": self._max_num_seqs,
-            "kv_element_bytes": self._dtype.itemsize,
+            "kv_element_bytes": self._kv_dtype.itemsize,
         }
         values = defaults | decided | {a.name: attribute(node, a.name) for a in node.attribute}
         # TensorRT wants the attributes in the order in which they were registered.

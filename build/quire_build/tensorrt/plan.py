@@ -46,7 +46,8 @@ class PlanOptions:
     """What a plan is built for.
 
     Attributes:
-        dtype: of weights, activations and the pool.
+        dtype: of weights and activations.
+        kv_dtype: of the pool, `dtype` or e4m3.
         limits: largest steps.
         block_size: tokens of a block, as model.onnx has it.
         kv_bytes_per_block: of all layers.
@@ -57,6 +58,7 @@ class PlanOptions:
     """
 
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     limits: EngineLimits
     block_size: int
     kv_bytes_per_block: int
@@ -76,11 +78,11 @@ class PlanOptions:
         Raises:
             BuildError: no pool of this size can be bound.
         """
+        # Slots are int32.
+        most = (2**31 - 1) // self.block_size
         if not self.hosted:
-            # Slots are int32.
-            most = (2**31 - 1) // self.block_size
             return PoolLayout(max_blocks=most, num_pools=1, blocks_per_pool=most)
-        max_blocks = self.pool_bytes // self.kv_bytes_per_block
+        max_blocks = min(self.pool_bytes // self.kv_bytes_per_block, most)
         largest_bytes = LARGEST_TENSOR * POOL_ELEMENT_BYTES - POOL_HEADER_BYTES
         blocks_per_pool = largest_bytes // self.kv_bytes_per_block
         num_pools = -(-max_blocks // blocks_per_pool)
@@ -127,11 +129,18 @@ def build_plan(
     """
     trt, gpu = tensorrt_module(), this_gpu()
     pool = options.pool
-    if options.narrow == "fp8" and gpu.architecture < FP8_ARCHITECTURE:
-        raise BuildError(
-            f"precision is 'fp8', which takes compute capability 8.9 or newer; {gpu.name} has "
-            f"{gpu.architecture // 10}.{gpu.architecture % 10}: --precision int8 takes as few bytes"
-        )
+    if gpu.architecture < FP8_ARCHITECTURE:
+        capability = f"{gpu.architecture // 10}.{gpu.architecture % 10}"
+        if options.narrow == "fp8":
+            raise BuildError(
+                f"precision is 'fp8', which takes compute capability 8.9 or newer; {gpu.name} has "
+                f"{capability}: --precision int8 takes as few bytes"
+            )
+        if options.kv_dtype == torch.float8_e4m3fn:
+            raise BuildError(
+                f"kv_cache_dtype is 'fp8', which takes compute capability 8.9 or newer; {gpu.name} has "
+                f"{capability}: --kv-cache-dtype auto keeps the model's type"
+            )
     # Nobody is there to raise the limit where Triton launches the kernels.
     shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else gpu.shared_bytes
     progress(f"lowering the graph for {gpu.name}")
@@ -145,6 +154,7 @@ def build_plan(
         model,
         weight,
         dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
         narrow=options.narrow,
         shared_bytes=shared_bytes,
         pool=pool,

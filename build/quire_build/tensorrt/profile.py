@@ -223,16 +223,18 @@ class _Plan:
 
     def _pools(self) -> Iterator[tuple[str, Any]]:
         """The pool's tensors; random bits would be NaNs, so the KV are small numbers."""
+        from quire_build.torch_executor import KV_DTYPES
+
         torch, details, manifest = self._torch, self._details, self._manifest
-        dtype = torch.float16 if manifest.precision == "fp16" else torch.bfloat16
+        dtype = KV_DTYPES[manifest.kv_cache_dtype]
         for number in range(details.num_pools):
             first = number * details.blocks_per_pool
             blocks = min(details.blocks_per_pool, max(0, self._num_blocks - first))
             header = POOL_HEADER_BYTES if number else 0
             elements = (header + blocks * manifest.kv_bytes_per_block) // dtype.itemsize
-            pool = torch.empty(max(elements, 4), dtype=dtype, device="cuda")
+            pool = torch.empty(max(elements, 8), dtype=dtype, device="cuda")
             for part in pool.split(1 << 28):
-                part.normal_()
+                part.copy_(torch.randn(len(part), dtype=torch.bfloat16, device="cuda"))
             yield f"kv_cache.{number}", pool
 
     def _step(self, batch: int, context: int) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import triton.language as tl
 from quire_build.tensorrt.kernels.dependent_launch import let_next_start, wait_for_inputs
 from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
 
+LARGEST_E4M3 = tl.constexpr(448.0)
+
 
 @triton.jit(do_not_specialize=["layer"])
 def kv_write(
@@ -53,7 +55,8 @@ def kv_write(
         slot_mapping: int32 [T], block * BLOCK_SIZE + offset.
         head_norms: [2, HEAD_DIM], weights of the RMSNorm of each query head and of each key head; not read
             unless HEAD_NORM.
-        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM].
+        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM]. In a
+            pool of e4m3 the scale is 1, and what is beyond its range becomes its largest number.
         engine_state: int64, see `quire.execution.engine_state`.
         layer: which layer's K and V to write.
         query: out, [T, NUM_HEADS, HEAD_DIM], rotated.
@@ -114,5 +117,8 @@ def kv_write(
         + (slot % BLOCK_SIZE) * HEAD_DIM
         + dim[None, :]
     )
+    if kv_cache.dtype.element_ty.primitive_bitwidth == 8:
+        rotated_low = tl.clamp(rotated_low, -LARGEST_E4M3, LARGEST_E4M3, tl.PropagateNan.ALL)
+        rotated_high = tl.clamp(rotated_high, -LARGEST_E4M3, LARGEST_E4M3, tl.PropagateNan.ALL)
     tl.store(place, rotated_low.to(kv_cache.dtype.element_ty), mask=stored)
     tl.store(place + HALF, rotated_high.to(kv_cache.dtype.element_ty), mask=stored)

@@ -9,6 +9,8 @@ The context may be split over the launch's third axis; then the program that fin
 splits, always in the same order, so that the result does not depend on who that was. The programs of a tile
 count themselves in the engine's state: the counters start at zero and are left at zero.
 
+A pool of one-byte elements holds e4m3 with scale 1. They are widened on their way to the matrix unit.
+
 K and V of the step are already in the pool when this kernel runs. Whatever the integers in its inputs are,
 nothing outside the inputs is read, nothing outside the outputs is written, and it ends.
 """
@@ -24,6 +26,11 @@ import triton.language as tl
 
 from quire_build.tensorrt.kernels.dependent_launch import let_next_start, wait_for_inputs
 from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
+
+LARGEST_HALF = tl.constexpr(65504.0)
+"""The largest number of float16."""
+WARPGROUP_ROWS = tl.constexpr(64)
+"""Rows from which on Hopper multiplies by warp groups, whose K and V come from shared memory."""
 
 
 @triton.jit(
@@ -80,7 +87,8 @@ def paged_attention(
         block_tables: int32 [num_seqs, blocks_per_table].
         query_start_loc: int32 [num_seqs + 1]; only the last sequences may be without tokens, as padding is.
         seq_lens: int32 [num_seqs].
-        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM].
+        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM], in the
+            query's type or e4m3.
         engine_state: int64, see `quire.execution.engine_state`.
         num_splits: at most MAX_SPLITS; above 1 only where there are counters for all tiles.
         few_splits: how many a context is split into before its splits are longer than LONG_SPLIT.
@@ -287,16 +295,30 @@ def _attend(
     row_mask = row < num_rows
     token = row // GROUP
     dim = tl.arange(0, HEAD_DIM_PADDED)
-    dim_mask = dim < HEAD_DIM
     place = (token * HEADS + row % GROUP) * HEAD_DIM
-    tile_mask = row_mask[:, None] & dim_mask[None, :]
+    tile_mask = row_mask[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(query + place[:, None] + dim[None, :], mask=tile_mask, other=0.0)
+    NARROW: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth == 8
+    # Few rows wait for how fast operands are made. Of single bytes that is slow, so pairs are fetched,
+    # and those of even dimensions and those of odd ones are operands of their own.
+    PAIRED: tl.constexpr = NARROW and BLOCK_M < WARPGROUP_ROWS
+    ELEMENTS: tl.constexpr = 2 if PAIRED else 1  # fetched as one
+    UNITS: tl.constexpr = HEAD_DIM_PADDED // ELEMENTS
+    unit = tl.arange(0, UNITS)
+    unit_mask = unit < HEAD_DIM // ELEMENTS
+    acc = tl.zeros([BLOCK_M, UNITS], tl.float32)
+    if NARROW and q.dtype == tl.bfloat16:
+        # GPUs widen e4m3 to float16, and from there to bfloat16 one by one. Both hold every e4m3 exactly.
+        q = tl.clamp(q.to(tl.float32), -LARGEST_HALF, LARGEST_HALF, tl.PropagateNan.ALL).to(tl.float16)
+    if PAIRED:
+        keys = keys.to(tl.pointer_type(tl.int16), bitcast=True)
+        q, q_odd = tl.split(tl.reshape(q, [BLOCK_M, UNITS, 2]))
+        acc_odd = tl.zeros([BLOCK_M, UNITS], tl.float32)
     position = first_position + token
 
     column = tl.arange(0, BLOCK_N)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], tl.float32)
     offsets = pool_offsets(engine_state, POOL_OFFSETS_BYTE)
     # The blocks of the next keys are known one step before the keys themselves are fetched.
     block = tl.load(table + (begin + column) // BLOCK_SIZE, mask=begin + column < end, other=0)
@@ -310,10 +332,15 @@ def _attend(
         block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
 
         # Slots beyond the sequence may hold anything, NaN included, and 0 * NaN is NaN: hence the mask on V.
-        source = keys + offset[:, None] + dim[None, :]
-        source_mask = key_mask[:, None] & dim_mask[None, :]
-        k = tl.load(source, mask=source_mask, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE_LOG2
+        source = keys + (offset // ELEMENTS)[:, None] + unit[None, :]
+        source_mask = key_mask[:, None] & unit_mask[None, :]
+        if PAIRED:
+            k = tl.load(source, mask=source_mask, other=0)
+            scores = tl.dot(q, tl.trans(_even(k, q.dtype)), input_precision="ieee")
+            scores = tl.dot(q_odd, tl.trans(_odd(k, q.dtype)), scores, input_precision="ieee") * SCALE_LOG2
+        else:
+            k = tl.load(source, mask=source_mask, other=0.0).to(q.dtype)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE_LOG2
         visible = key_mask[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             visible = visible & (key[None, :] > position[:, None] - WINDOW)
@@ -327,10 +354,18 @@ def _attend(
         running_sum = running_sum * decay + tl.sum(weights, 1)
         running_max = new_max
 
-        v = tl.load(source + PLANE, mask=source_mask, other=0.0).to(q.dtype)
         acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(q.dtype), v, acc, input_precision="ieee")
+        weights = weights.to(q.dtype)
+        if PAIRED:
+            v = tl.load(source + PLANE // ELEMENTS, mask=source_mask, other=0)
+            acc = tl.dot(weights, _even(v, q.dtype), acc, input_precision="ieee")
+            acc_odd = tl.dot(weights, _odd(v, q.dtype), acc_odd * decay[:, None], input_precision="ieee")
+        else:
+            v = tl.load(source + PLANE, mask=source_mask, other=0.0).to(q.dtype)
+            acc = tl.dot(weights, v, acc, input_precision="ieee")
 
+    if PAIRED:
+        acc = tl.interleave(acc, acc_odd)
     seen = running_sum > 0.0
     acc = acc / tl.where(seen, running_sum, 1.0)[:, None]
     if splits_used == 1:
@@ -340,6 +375,18 @@ def _attend(
         partial = token * num_splits * HEADS + row % GROUP
         tl.store(partial_out + partial[:, None] * HEAD_DIM + dim[None, :], acc, mask=tile_mask)
         tl.store(partial_lse + partial, lse, mask=row_mask)
+
+
+@triton.jit
+def _even(pairs, dtype: tl.constexpr):
+    """The first e4m3 of each int16, widened."""
+    return pairs.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(dtype)
+
+
+@triton.jit
+def _odd(pairs, dtype: tl.constexpr):
+    """The second."""
+    return (pairs >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(dtype)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from quire.execution.engine_state import POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.kv_write import kv_write
-from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, power_of_two
+from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, pool_type, power_of_two
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class KvWrite:
     max_blocks: int
     num_pools: int
     blocks_per_pool: int
+    kv_element_bytes: int
     max_positions: int
     head_normed: int
     epsilon: float
@@ -66,7 +67,7 @@ class KvWrite:
                 "positions": "*i32",
                 "slot_mapping": "*i32",
                 "head_norms": f"*{MODEL}",
-                "kv_cache": f"*{MODEL}",
+                "kv_cache": f"*{pool_type(self.kv_element_bytes)}",
                 "engine_state": "*i64",
                 "layer": "i32",
                 "query": f"*{MODEL}",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 
 MODEL = "model"
-"""Stands for the element type that weights, activations and the pool share."""
+"""Stands for the element type that weights and activations share, and the pool unless it is of e4m3."""
 
 Shape = Sequence[Any]
 """Sizes, plain or symbolic."""
@@ -88,6 +88,11 @@ class Operator(Protocol):
 
     def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
         """The launch for inputs of these shapes in one of the ways."""
+
+
+def pool_type(kv_element_bytes: int) -> str:
+    """Type of the pool's elements; with one byte they are e4m3."""
+    return "fp8e4nv" if kv_element_bytes == 1 else MODEL
 
 
 def power_of_two(n: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
-from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, power_of_two
+from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, pool_type, power_of_two
 
 PROGRAMS_WANTED = 264
 """Few tiles are split until about this many programs run: two on each of a Hopper GPU's 132 SMs."""
@@ -73,13 +73,14 @@ class PagedAttend:
         return self.num_heads // self.num_kv_heads
 
     @property
-    def _row_bytes(self) -> int:
-        return max(16, power_of_two(self.head_dim)) * self.kv_element_bytes
+    def _head_dim_padded(self) -> int:
+        """The matrix unit takes 16 numbers at least, and of e4m3 every second one by itself."""
+        return max(32 if self.kv_element_bytes == 1 else 16, power_of_two(self.head_dim))
 
     @property
     def _rows(self) -> int:
-        """Of a full tile; where a row is long, shared memory has no room for many."""
-        return max(64 if self._row_bytes <= 256 else 16, power_of_two(self._group))
+        """Of a full tile; where a row is long, registers and shared memory have no room for many."""
+        return max(64 if self._head_dim_padded <= 128 else 16, power_of_two(self._group))
 
     @property
     def _few_splits(self) -> int:
@@ -112,7 +113,7 @@ class PagedAttend:
         many_splits = many_splits - arithmetic.larger(many_splits - MANY_SPLITS, 0)
         # The larger of the two, in what symbolic arithmetic has.
         splits = few_splits + arithmetic.larger(many_splits - few_splits, 0)
-        padded = max(16, power_of_two(self.head_dim))
+        padded = self._head_dim_padded
         group = power_of_two(self._group)
         combined_rows = min(8, group)
         return Launch(
@@ -122,7 +123,7 @@ class PagedAttend:
                 "block_tables": "*i32",
                 "query_start_loc": "*i32",
                 "seq_lens": "*i32",
-                "kv_cache": f"*{MODEL}",
+                "kv_cache": f"*{pool_type(self.kv_element_bytes)}",
                 "engine_state": "*i64",
                 "num_tokens": "i32",
                 "num_seqs": "i32",
@@ -149,10 +150,10 @@ class PagedAttend:
                 "WINDOW": self.window,
                 "SCALE_LOG2": self.scale * math.log2(math.e),
                 "ROWS": self._rows,
-                "ROW_KEYS": max(16, min(32, 8192 // self._row_bytes)),
+                "ROW_KEYS": max(16, min(32, 4096 // padded)),
                 "ROW_STAGES": 2,
                 "FEW_ROWS": max(16, group),
-                "FEW_KEYS": max(16, min(64, 16384 // self._row_bytes)),
+                "FEW_KEYS": max(16, min(64, 8192 // padded)),
                 "FEW_STAGES": 2,
                 "MIN_SPLIT": MIN_SPLIT,
                 "LONG_SPLIT": LONG_SPLIT,
@@ -163,5 +164,5 @@ class PagedAttend:
             grid=(tiles, self.num_kv_heads, splits),
             integers=(tokens, seqs, blocks_per_table, splits, few_splits, self.layer),
             num_stages=2,
-            max_registers=MAX_REGISTERS if self._row_bytes <= 256 else None,
+            max_registers=MAX_REGISTERS if padded <= 128 else None,
         )
