@@ -76,10 +76,11 @@ def build(
         typer.Option(help="openvino for CPUs, tensorrt for the GPU of this machine."),
     ] = "openvino",
     precision: Annotated[
-        Literal["float32", "bf16", "fp16", "int8", "fp8"] | None,
+        Literal["float32", "bf16", "fp16", "int8", "fp8", "int8-weights", "fp8-weights"] | None,
         typer.Option(
-            help="What the engine computes in; int8 and fp8 are bf16 with weights of 8 bits, on GPUs; "
-            "default: float32 on CPUs, bf16 on GPUs."
+            help="What the engine computes in. On GPUs int8 and fp8 have weights and activations of 8 bits "
+            "(W8A8), int8-weights and fp8-weights weights alone (W8A16). Default: float32 on CPUs, bf16 on "
+            "GPUs."
         ),
     ] = None,
     kv_cache_dtype: Annotated[

@@ -55,6 +55,8 @@ THRESHOLDS: Mapping[Precision, Thresholds] = {
     "fp16": Thresholds(0.05, 1e-3, 1e-4, 0.95, 1.005),
     "int8": Thresholds(0.5, 1e-3, 5e-3, 0.75, 1.02),
     "fp8": Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05),
+    "int8-weights": Thresholds(0.5, 1e-3, 5e-3, 0.75, 1.02),
+    "fp8-weights": Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05),
 }
 FP8_KV_THRESHOLDS = Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05)
 """Of engines whose pool is of e4m3."""

@@ -209,7 +209,7 @@ def _measure(
     """
     import torch
 
-    from quire_build.quantization import narrow_type, round_in_place
+    from quire_build.quantization import PLANS, round_in_place
     from quire_build.torch_executor import KV_DTYPES, TorchExecutor
 
     # A plan returns logits for as many rows as it runs sequences.
@@ -221,7 +221,7 @@ def _measure(
         workload = text_workload(text, source.directory, block_size, limits, max_logits_rows=rows)
     decoder = load_decoder(source, limits.max_model_len).to(builder.reference_device)
     dtype = torch.float32
-    if narrow_type(manifest.precision) is not None or manifest.kv_cache_dtype == "fp8":
+    if manifest.precision in PLANS or manifest.kv_cache_dtype == "fp8":
         dtype = KV_DTYPES[builder.kv_cache_dtypes[manifest.precision][0]]
         round_in_place(decoder, dtype)
     reference = TorchExecutor(decoder, source.config, workload.num_blocks, block_size, dtype)

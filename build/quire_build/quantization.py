@@ -1,11 +1,16 @@
 """Numbers of few bits: what quantised weights, activations and KV are, and the decoder as they make it.
 
 A weight [n, k] becomes int8 or float8 (e4m3). A kernel multiplies the narrow numbers, exact in bf16, and
-scales its accumulator. Plans have int8 with one scale for each output channel n and `WEIGHT_GROUP` inputs;
-one scale for the whole channel and float8 are here to be measured. Activations have one scale for the whole
-tensor, found by calibration, or one for each token, found as it comes. The decoders made here compute in
-float32 on numbers rounded as an engine of that precision rounds them: the numerics gate measures with them
-what a precision costs, and holds a plan of int8 against a decoder rounded like it.
+scales its accumulator. `PLANS` says what plans have: weights with one scale for each output channel n and
+`WEIGHT_GROUP` inputs, or weights with one scale for the channel and activations with one for each token,
+found as it comes. One scale for a whole tensor of activations, found by calibration, is here to be measured.
+The decoders made here compute in float32 on numbers rounded as an engine of that precision rounds them: the
+numerics gate measures with them what a precision costs.
+
+**Rotation.** A few inputs of a layer are much larger than the others and would take an integer's scale for
+themselves. Multiplied with an orthogonal matrix they spread over all, and with the weight multiplied by the
+same one, products stay what they were (QuaRot, https://arxiv.org/abs/2404.00456). Floats have no use for
+it: their precision goes with the number.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ KEPT = ("lm_head",)
 they are small enough."""
 WEIGHT_GROUP = 64
 """Inputs of an output channel that share a scale, in a plan; the last group of a channel may be shorter."""
+LARGEST_ROTATION = 256
+"""Inputs that are rotated together, at most."""
 _ELEMENTS_AT_ONCE = 1 << 20
 """Of a weight that is quantised, widened to float32."""
 
@@ -46,13 +53,16 @@ class QuantizedWeight:
     """float32; by groups, the type that an engine reads."""
     group: int = 0
     """Inputs that share a scale; 0 if all of a channel do."""
+    rotation: int = 1
+    """Inputs that were rotated together; 1 for none."""
 
     def dequantized(self) -> Tensor:
-        """float32 [n, k]."""
+        """float32 [n, k], rotated back."""
         scales = self.scales.float()
         if not self.group:
             return self.values.float() * scales[:, None]
-        return self.values.float() * scales.repeat_interleave(self.group, 1)[:, : self.values.shape[1]]
+        scales = scales.repeat_interleave(self.group, 1)[:, : self.values.shape[1]]
+        return rotated(self.values.float() * scales, self.rotation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +75,55 @@ class Calibration:
     """Of the layer's whole input, over the calibration text."""
 
 
-def narrow_type(precision: Precision) -> NarrowType | None:
-    """Type of linear layers' weights in a precision; None where they are as wide as everything else."""
-    return precision if precision == "int8" or precision == "fp8" else None
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a plan of eight bits quantises its linear layers."""
+
+    narrow: NarrowType
+    inputs: bool
+    """Whether their inputs are of eight bits too (W8A8), and not weights alone (W8A16)."""
+
+    def group(self, k: int) -> int:
+        """How many of an output channel's `k` inputs share a scale."""
+        return k if self.inputs else WEIGHT_GROUP
+
+    def rotation(self, k: int) -> int:
+        """How many of `k` inputs are rotated together, a power of two that divides k; 1 for none."""
+        return min(k & -k, LARGEST_ROTATION) if self.inputs and self.narrow == "int8" else 1
+
+    def weight(self, weight: Tensor, scale_dtype: torch.dtype) -> QuantizedWeight:
+        """A layer's weight [n, k] as a plan has it."""
+        k = weight.shape[1]
+        return quantize_in_groups(weight, self.narrow, scale_dtype, self.group(k), self.rotation(k))
+
+    def input(self, x: Tensor) -> Tensor:
+        """What becomes of a layer's inputs [T, k], float32."""
+        rotation = self.rotation(x.shape[-1]) if self.inputs else 1
+        return rotated(_by_token(rotated(x, rotation), self.narrow), rotation) if self.inputs else x
+
+
+PLANS: Mapping[Precision, Quantization] = {
+    "int8": Quantization("int8", inputs=True),
+    "fp8": Quantization("fp8", inputs=True),
+    "int8-weights": Quantization("int8", inputs=False),
+    "fp8-weights": Quantization("fp8", inputs=False),
+}
+"""The precisions that quantise."""
+
+
+def rotated(x: Tensor, rotation: int) -> Tensor:
+    """Rows [..., k] with each `rotation` inputs, a power of two that divides k, times a Hadamard matrix.
+
+    It is Sylvester's, over the root of its size: symmetric and orthogonal, so that twice is not at all.
+    """
+    if rotation == 1:
+        return x
+    matrix = torch.ones(1, 1, device=x.device)
+    while len(matrix) < rotation:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    matrix = matrix * rotation**-0.5
+    turned: Tensor = x.float().view(*x.shape[:-1], -1, rotation) @ matrix
+    return turned.flatten(-2)
 
 
 def quantize_weights(weight: Tensor, narrow: NarrowType, amax: Tensor | None = None) -> QuantizedWeight:
@@ -87,7 +143,11 @@ def quantize_weights(weight: Tensor, narrow: NarrowType, amax: Tensor | None = N
 
 
 def quantize_in_groups(
-    weight: Tensor, narrow: NarrowType, scale_dtype: torch.dtype, group: int = WEIGHT_GROUP
+    weight: Tensor,
+    narrow: NarrowType,
+    scale_dtype: torch.dtype,
+    group: int = WEIGHT_GROUP,
+    rotation: int = 1,
 ) -> QuantizedWeight:
     """Quantise a weight [n, k], symmetric, each `group` inputs of an output channel by themselves.
 
@@ -98,6 +158,7 @@ def quantize_in_groups(
         narrow: the type to quantise to.
         scale_dtype: of the scales. Numbers are chosen for the rounded scales, which so cost nothing.
         group: inputs that share a scale; the last group is shorter where it does not divide k.
+        rotation: inputs that are rotated together before that.
     """
     n, k = weight.shape
     groups = -(-k // group)
@@ -105,14 +166,14 @@ def quantize_in_groups(
     scales = torch.empty(n, groups, dtype=scale_dtype, device=weight.device)
     rows = max(1, _ELEMENTS_AT_ONCE // k)
     for first in range(0, n, rows):
-        part = weight[first : first + rows].float()
+        part = rotated(weight[first : first + rows].float(), rotation)
         padded = nn.functional.pad(part, (0, groups * group - k)).view(len(part), groups, group)
         scale = (padded.abs().amax(2) / LARGEST[narrow]).to(scale_dtype)
         scale[scale == 0] = 1.0
         narrowed = _narrowed(padded / scale.float()[:, :, None], narrow)
         values[first : first + rows] = narrowed.view(len(part), -1)[:, :k]
         scales[first : first + rows] = scale
-    return QuantizedWeight(values, scales, group)
+    return QuantizedWeight(values, scales, group, rotation)
 
 
 def quantized_linears(decoder: Decoder) -> dict[str, nn.Linear]:
@@ -156,23 +217,28 @@ def round_in_place(decoder: Decoder, dtype: torch.dtype) -> None:
             module.register_forward_hook(output)
 
 
-def plan_decoder(decoder: Decoder, narrow: NarrowType = "int8", *, head: bool = True) -> Decoder:
-    """A copy that computes as a plan with weights of few bits does; plans have int8, and the head with it.
+def plan_decoder(decoder: Decoder, quantization: Quantization, *, head: bool = True) -> Decoder:
+    """A copy that computes as a plan of eight bits does; plans have the head with it.
 
-    Every linear layer has its weights in groups of inputs; everything else is rounded to bf16.
+    Every linear layer is quantised; everything else is rounded to bf16.
 
     Args:
         decoder: float32.
-        narrow: the weights' type.
+        quantization: of the layers.
         head: quantise the output layer too.
     """
+
+    def inputs(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (quantization.input(arguments[0]), *arguments[1:])
+
     rounded = rounded_decoder(decoder, torch.bfloat16)
     for name, linear in rounded.named_modules():
         if isinstance(linear, nn.Linear) and (head or name not in KEPT):
             original = decoder.get_submodule(name).weight
             assert isinstance(original, Tensor)
-            weight = quantize_in_groups(original, narrow, torch.bfloat16)
+            weight = quantization.weight(original, torch.bfloat16)
             linear.weight = nn.Parameter(weight.dequantized(), requires_grad=False)
+            linear.register_forward_pre_hook(inputs)
     return rounded
 
 
@@ -207,9 +273,17 @@ class _InputQuantizer:
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = arguments
-        amax = x.abs().amax(-1, keepdim=True) if self.amax is None else torch.tensor(self.amax)
-        scale = torch.where(amax > 0, amax / LARGEST[self.narrow], 1.0)
+        if self.amax is None:
+            return (_by_token(x, self.narrow),)
+        scale = self.amax / LARGEST[self.narrow]
         return (_narrowed(x / scale, self.narrow).float() * scale,)
+
+
+def _by_token(x: Tensor, narrow: NarrowType) -> Tensor:
+    """Rows [..., k] rounded to numbers of few bits, with one scale a row."""
+    amax = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(amax > 0, amax / LARGEST[narrow], 1.0)
+    return _narrowed(x / scale, narrow).float() * scale
 
 
 def _narrowed(scaled: Tensor, narrow: NarrowType) -> Tensor:

@@ -57,7 +57,7 @@ from quire.scheduling.sampling_params import SamplingParams
 from quire.scheduling.scheduler import Scheduler, SchedulerConfig
 from quire_build.decoder import Decoder
 from quire_build.gate import compare, describe, gate_workload, thresholds
-from quire_build.quantization import WEIGHT_GROUP, narrow_type
+from quire_build.quantization import PLANS
 from quire_build.torch_executor import TorchExecutor
 
 BATCHES, CONTEXTS, PREFILLS = (1, 8, 32, 64, 128, 256, 512, 1024), (200, 2000), (512, 2048, 8192)
@@ -74,6 +74,8 @@ SMALL_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "quire-small"
 STAGE_S = 520
 KV_FP8_S = 130
 """Seconds that a plan of 8b takes to be built, made ready and measured in decode steps."""
+SHAPE_S = 170
+"""Seconds that a plan of 8b takes to be built, made ready and measured."""
 LOAD_S = 100.0
 """Seconds that a server of stage hosted may take to load."""
 KERNEL_SCRIPTS = {"gpu_sampling.py": 100, "gpu_kernels.py": 150, "gpu_linear.py": 210}
@@ -393,7 +395,8 @@ def measure_decode(
     manifest = loaded.engine.manifest
     config = SHAPES[name].decoder_config
     weights = RandomWeights(config, 1, DTYPES[manifest.precision])
-    element_bytes = 1 + 2 / WEIGHT_GROUP if narrow_type(manifest.precision) else 2
+    quantization = PLANS.get(manifest.precision)
+    element_bytes = 2.0 if quantization is None else 1 + 2 / quantization.group(config.hidden_size)
     weight_bytes = weights.num_read_elements * element_bytes
     token_bytes = manifest.kv_bytes_per_block // BLOCK_SIZE
     for context in contexts:
@@ -519,11 +522,11 @@ def measure_alone(results: Results, plan: Path) -> None:
 
 
 def check_precision(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
-    """The project's own checkpoint through the whole build, then 8b in int8, and two layers of 8b's shape
-    against float32 weights."""
+    """The project's own checkpoint through the whole build, then 8b in int8 and fp8, and two layers of 8b's
+    shape against float32 weights."""
     from quire_build.pipeline import build  # needs tritonclient
 
-    precisions: tuple[Precision, ...] = ("bf16", "fp16", "int8", "fp8")
+    precisions: tuple[Precision, ...] = ("bf16", "fp16", *PLANS)
     for precision, kv_cache_dtype in (*((name, "auto") for name in precisions), ("bf16", "fp8")):
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "repository"
@@ -545,7 +548,11 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
             kv_cache_dtype=kv_cache_dtype,
             **msgspec.to_builtins(gate),
         )
-    check_shape("8b int8", results, options, clock, workloads=WORKLOADS[1:2])
+    for name in ("8b int8", "8b fp8"):
+        if clock.left_s < SHAPE_S:
+            results.add(shape=name, skipped="no time")
+            continue
+        check_shape(name, results, options, clock, workloads=WORKLOADS[:1])
     if clock.left_s < KV_FP8_S:
         results.add(shape="8b KV fp8", skipped="no time")
     else:

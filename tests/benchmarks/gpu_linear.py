@@ -3,7 +3,8 @@
     PYTHONPATH=build:backends python tests/benchmarks/gpu_linear.py --output OUT.json [--seconds 300]
 
 For each kind of layer and number of rows, bfloat16: CUDA graph replays over several weights, so that no cache
-helps. With --int8 weights are of int8 in groups, beside cuBLAS's of bfloat16; with --hosted only tiles that
+helps. With --precision numbers are of eight bits as in a plan of that precision, beside cuBLAS's of bfloat16,
+and what quantises the rows of W8A8 is measured by itself; with --hosted only tiles that
 fit the shared memory of a plan that Triton hosts. The candidates are compiled first, by all processors; the
 most promising are measured first, and what the time does not suffice for is left out. `linear_tiles.py` holds
 what came out of this.
@@ -31,17 +32,17 @@ from torch import Tensor
 
 from quire.execution.engine_state import NUM_COUNTERS, engine_state_elements
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
-from quire_build.quantization import WEIGHT_GROUP, quantize_in_groups
-from quire_build.tensorrt.linear_tiles import LinearTile, tiles
+from quire_build.quantization import PLANS, Quantization, quantize_weights, rotated
+from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tiles
 from quire_build.tensorrt.machine import this_gpu
-from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic
+from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic, Quantize
 
 HIDDEN, FFN, VOCABULARY = 4096, 14336, 128256
 WEIGHT_BYTES = 600 << 20
 """Of one kind's weights together: many times the L2 cache."""
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
-    "weight_group": 0, "weight_float": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
+    "weight_group": 0, "weight_float": 0, "narrow_rows": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
 }  # fmt: skip
 KINDS = {
     "qkv": Linear(k=HIDDEN, n=6144, **(PLAIN | {"normed": 1})),
@@ -58,18 +59,35 @@ PROGRAMS = (528, 264, 132)
 LARGEST_SPLIT_TILE = 128 * 128
 """Elements: adding splits up wants registers besides the tile's own."""
 
-PLAIN_SHAPES = ((128, 64, 64, 4, 5), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4))
-GATED_SHAPES = ((32, 64, 64, 4, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (16, 64, 64, 4, 3))
+WIDE_PLAIN = ((128, 64, 64, 4, 5), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4))
+WIDE_GATED = ((32, 64, 64, 4, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (16, 64, 64, 4, 3))
 """Rows, columns and depth of a tile, warps, stages: candidates besides those that are in use."""
-INT8_PLAIN_SHAPES = (
+WIDENED_PLAIN = (
     (64, 64, 64, 4, 8), (64, 128, 64, 8, 6), (128, 128, 64, 8, 6), (16, 128, 64, 4, 5), (32, 128, 64, 4, 4),
     (64, 32, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 8, 6), (64, 64, 64, 4, 5), (64, 128, 64, 4, 4),
 )  # fmt: skip
-INT8_GATED_SHAPES = (
+WIDENED_GATED = (
     (64, 64, 64, 8, 6), (64, 64, 64, 4, 4), (128, 64, 64, 8, 5), (16, 64, 64, 4, 5), (32, 64, 64, 4, 4),
     (64, 32, 64, 4, 6), (128, 64, 64, 8, 3), (64, 64, 64, 8, 4),
 )  # fmt: skip
-"""The same for weights of int8."""
+"""The same for weights that are widened."""
+NARROW_PLAIN = (
+    (16, 64, 256, 4, 3), (16, 32, 128, 4, 6), (16, 128, 128, 4, 4), (32, 128, 128, 4, 4),
+    (64, 32, 128, 4, 6), (64, 64, 256, 4, 3), (64, 128, 128, 4, 4), (64, 256, 128, 8, 4),
+    (128, 64, 128, 4, 5), (128, 128, 128, 8, 4), (128, 256, 128, 8, 3), (128, 256, 64, 8, 4),
+    (256, 128, 128, 8, 3),
+)  # fmt: skip
+NARROW_GATED = (
+    (16, 32, 256, 4, 3), (16, 64, 128, 4, 4), (32, 64, 128, 4, 3), (64, 64, 128, 4, 5), (64, 128, 128, 8, 3),
+    (128, 64, 128, 8, 4), (128, 128, 128, 8, 3), (256, 64, 128, 8, 3), (128, 128, 64, 8, 4),
+)  # fmt: skip
+"""The same for rows and weights of eight bits."""
+SHAPES: dict[Operands, tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]] = {
+    "wide": (WIDE_PLAIN, WIDE_GATED),
+    "widened": (WIDENED_PLAIN, WIDENED_GATED),
+    "int8": (NARROW_PLAIN, NARROW_GATED),
+    "fp8": (NARROW_PLAIN, NARROW_GATED),
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Weight:
-    """A layer's weight as the kernel takes it, and the bfloat16 matrix that it is or stands for."""
+    """A layer's weight as the kernel takes it, and the matrix that it is or stands for, not rotated."""
 
     operand: Tensor
     scales: Tensor
@@ -100,10 +118,8 @@ class Weight:
 
 def candidates(layer: Linear) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
-    found = list(tiles(layer.n, layer.k, bool(layer.gated), layer.weight_group, layer.shared_bytes))
-    gated, plain = (
-        (INT8_GATED_SHAPES, INT8_PLAIN_SHAPES) if layer.weight_group else (GATED_SHAPES, PLAIN_SHAPES)
-    )
+    found = list(tiles(layer.n, layer.k, bool(layer.gated), layer.operands, layer.shared_bytes))
+    plain, gated = SHAPES[layer.operands]
     shapes = [astuple(tile)[1:] for tile in found] + list(gated if layer.gated else plain)
     for programs in PROGRAMS:
         for shape in shapes:
@@ -118,9 +134,11 @@ def candidates(layer: Linear) -> list[LinearTile]:
     return found
 
 
-def suited(usable: Iterable[LinearTile], rows: int) -> list[LinearTile]:
+def suited(usable: Iterable[LinearTile], rows: int, operands: Operands) -> list[LinearTile]:
     """The tiles worth measuring at so many rows, each number of splits that comes of them once."""
-    ranges = {16: (1, 32), 32: (17, 64), 64: (32, 256), 128: (65, 8192), 256: (129, 8192)}
+    # Hopper's instructions for 64 rows multiply e4m3, those for 16 half precision.
+    fewest_of_64 = 1 if operands == "fp8" else 32
+    ranges = {16: (1, 32), 32: (17, 64), 64: (fewest_of_64, 256), 128: (65, 8192), 256: (129, 8192)}
     found: dict[LinearTile, LinearTile] = {}
     for tile in usable:
         fewest, most = ranges[tile.block_m]
@@ -158,12 +176,24 @@ def launchable(pool: ProcessPoolExecutor, variants: Sequence[Variant]) -> list[V
 class Bench:
     """Layers of every kind with weights, and room for what they read and write besides."""
 
-    def __init__(self, weight_group: int, shared_bytes: int) -> None:
-        given = {"weight_group": weight_group, "shared_bytes": shared_bytes}
-        self.layers = {kind: replace(layer, **given) for kind, layer in KINDS.items()}
+    def __init__(self, quantization: Quantization | None, shared_bytes: int) -> None:
+        self._quantization = quantization
+        self.layers = {kind: self._layer(layer, shared_bytes) for kind, layer in KINDS.items()}
         self.state = torch.zeros(engine_state_elements(256), dtype=torch.int64, device="cuda")
         self.weights = {kind: self._weights(layer) for kind, layer in self.layers.items()}
         self._scratch = torch.empty(1, device="cuda")
+
+    def _layer(self, layer: Linear, shared_bytes: int) -> Linear:
+        quantization = self._quantization
+        if quantization is None:
+            return replace(layer, shared_bytes=shared_bytes)
+        return replace(
+            layer,
+            weight_group=quantization.group(layer.k),
+            weight_float=int(quantization.narrow == "fp8"),
+            narrow_rows=int(quantization.inputs),
+            shared_bytes=shared_bytes,
+        )
 
     def _weights(self, layer: Linear) -> list[Weight]:
         element_bytes = 1 if layer.weight_group else 2
@@ -173,17 +203,24 @@ class Bench:
     def _weight(self, layer: Linear) -> Weight:
         shape = (layer.n * (1 + layer.gated), layer.k)
         wide = torch.randn(shape, dtype=torch.bfloat16, device="cuda") * 0.02
-        if not layer.weight_group:
+        if self._quantization is None:
             return Weight(wide, wide, wide)
-        narrow = quantize_in_groups(wide, "int8", torch.bfloat16, layer.weight_group)
-        wide = narrow.dequantized().to(torch.bfloat16)
+        narrow = self._quantization.weight(wide, torch.bfloat16)
+        wide = replace(narrow, rotation=1).dequantized().to(torch.bfloat16)
         return Weight(narrow.values.view(torch.int32), narrow.scales.T.contiguous(), wide)
 
     def inputs(self, layer: Linear, rows: int) -> dict[str, Tensor]:
         """What a layer reads beside its weight."""
         x = torch.randn(rows, layer.k, dtype=torch.bfloat16, device="cuda")
+        narrow, x_scales = x, x
+        if layer.narrow_rows:
+            quantized = quantize_weights(x, "fp8" if layer.weight_float else "int8")
+            narrow, x_scales = quantized.values.view(torch.int32), quantized.scales
+            x = quantized.dequantized().to(torch.bfloat16)
         return {
             "x": x,
+            "narrow_x": narrow,
+            "x_scales": x_scales,
             "squares": x.float().square().view(rows, -1, 32).sum(-1),
             "residual": torch.randn(rows, layer.n, dtype=torch.bfloat16, device="cuda"),
             "next_norm": torch.randn(layer.n, dtype=torch.bfloat16, device="cuda"),
@@ -213,7 +250,7 @@ class Bench:
             self._scratch = torch.empty(wanted, device="cuda")
         arguments = [
             x, weight.operand, inputs["squares"], inputs["residual"], inputs["next_norm"], x, weight.scales,
-            self.state, *launch.integers, *outputs, self._scratch,
+            inputs["narrow_x"], inputs["x_scales"], self.state, *launch.integers, *outputs, self._scratch,
         ]  # fmt: skip
         return functools.partial(
             launch.kernel[launch.grid],
@@ -269,7 +306,7 @@ def measure_tiles(
         usable[kind] = [variant.tile for variant in variants]
         print(f"{kind}: {len(variants)} of {len(candidates(layer))} candidates", flush=True)
     cases = [(kind, rows) for rows in ROWS for kind in KINDS if kind != "lm_head" or rows <= MOST_LOGITS]
-    given = {(kind, rows): suited(usable[kind], rows) for kind, rows in cases}
+    given = {(kind, rows): suited(usable[kind], rows, bench.layers[kind].operands) for kind, rows in cases}
     checked: dict[tuple[str, LinearTile], float] = {}
     for rank in range(-1, max(map(len, given.values()))):
         for kind, rows in cases:
@@ -302,11 +339,38 @@ def measure_tiles(
                 us=round(us, 2),
                 cublas_us=round(cublas[kind, rows], 2),
                 share_of_bandwidth=results.share_of_bandwidth(weights[0].nbytes, us / 1e3),
-                weight_group=layer.weight_group,
+                operands=layer.operands,
                 error=round(checked[kind, tile], 5),
                 **asdict(tile),
             )
     return best
+
+
+def measure_quantizing(results: Results, bench: Bench, quantization: Quantization) -> None:
+    """What turns rows into numbers of eight bits, one launch after another."""
+    for k in (HIDDEN, FFN):
+        layer = Quantize(
+            k=k, rotation=quantization.rotation(k), to_float=int(quantization.narrow == "fp8"), of_logits=0
+        )
+        for rows in sorted(ROWS):
+            x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
+            shapes = [tuple(x.shape), tuple(bench.state.shape)]
+            numbers = torch.empty(rows, k // 4, dtype=torch.int32, device="cuda")
+            scales = torch.empty(rows, device="cuda")
+            launch = layer.launch(shapes, PlainArithmetic())
+            run = functools.partial(
+                launch.kernel[launch.grid],
+                *(x, bench.state, *launch.integers, numbers, scales),
+                **launch.constants,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+            us = 1e3 * graph_time_ms(one_after_another([run] * 20), replays(rows)) / 20
+            narrow = numbers.view(torch.float8_e4m3fn if layer.to_float else torch.int8)
+            back = rotated(narrow.float() * scales[:, None], layer.rotation)
+            wanted = quantization.input(x.float())
+            error = float((back - wanted).norm() / wanted.norm())
+            results.add(quantize=k, rows=rows, us=round(us, 2), error=round(error, 5))
 
 
 def main() -> None:
@@ -314,15 +378,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=400.0, help="after which to stop")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--int8", action="store_true", help="weights of int8, in groups as in a plan")
+    parser.add_argument("--precision", choices=PLANS, help="numbers of eight bits, as in such a plan")
     parser.add_argument("--hosted", action="store_true", help="with the shared memory that Triton gives")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     results = Results(options.output)
     shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else this_gpu().shared_bytes
-    bench = Bench(WEIGHT_GROUP if options.int8 else 0, shared_bytes)
+    bench = Bench(PLANS.get(options.precision), shared_bytes)
     processors = max(1, (os.cpu_count() or 2) - 1)
     with ProcessPoolExecutor(processors, mp_context=multiprocessing.get_context("spawn")) as pool:
+        if options.precision and PLANS[options.precision].inputs:
+            measure_quantizing(results, bench, PLANS[options.precision])
         best = measure_tiles(results, bench, pool, end)
     assert not bench.state.any(), "a counter was left behind"
     for (kind, rows), (us, tile) in sorted(best.items()):

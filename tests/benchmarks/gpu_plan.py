@@ -25,7 +25,7 @@ from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
 from quire_build.engine_builder import KV_ELEMENT_BYTES, EngineOptions, engine_manifest
 from quire_build.export import export_graph
-from quire_build.quantization import narrow_type
+from quire_build.quantization import PLANS
 from quire_build.rope import cosine_and_sine
 from quire_build.tensorrt.builder import TensorRTBuilder, built_plan
 from quire_build.tensorrt.plan import PlanOptions, build_plan
@@ -37,6 +37,8 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "int8": torch.bfloat16,
     "fp8": torch.bfloat16,
+    "int8-weights": torch.bfloat16,
+    "fp8-weights": torch.bfloat16,
 }
 """Of activations and weights that are not quantised."""
 STANDARD_DEVIATION = 0.02
@@ -85,6 +87,7 @@ SHAPES = {
     "8b": Shape(LLAMA_3_8B, "bf16"),
     "7b": Shape(LLAMA_2_7B, "fp16"),
     "8b int8": Shape(LLAMA_3_8B, "int8"),
+    "8b fp8": Shape(LLAMA_3_8B, "fp8"),
     "8b KV fp8": Shape(LLAMA_3_8B, "bf16", "fp8"),
     "2 layers of 8b": Shape(LLAMA_3_8B | {"num_hidden_layers": 2}, "bf16"),
     "2 layers of 8b int8": Shape(LLAMA_3_8B | {"num_hidden_layers": 2}, "int8"),
@@ -161,7 +164,7 @@ def build_random_plan(
         block_size=BLOCK_SIZE,
         kv_bytes_per_block=config.kv_elements_per_token * BLOCK_SIZE * KV_ELEMENT_BYTES[kv_cache_dtype],
         pool_bytes=pool_bytes,
-        narrow=narrow_type(precision),
+        quantization=PLANS.get(precision),
     )
     weights = RandomWeights(config, limits.max_model_len, dtype)
     plan = build_plan(graph, weights, options, lambda line: print(line, flush=True))

@@ -1,7 +1,8 @@
 """What each precision costs a checkpoint, by the numerics gate's measures: the table of docs/precision.md.
 
-``python tests/benchmarks/precision.py [--checkpoint DIR]`` prints JSON. Every row is the torch module against
-itself, rounded as the row says; none is an engine. Calibration needs ``pip install 'quire[quantize]'``.
+``python tests/benchmarks/precision.py [--checkpoint DIR] [--plans]`` prints JSON. Every row is the torch
+module against itself, rounded as the row says; none is an engine. With --plans only what a plan can be, in
+bf16, fp16 and eight bits; the other rows are calibrated, which needs ``pip install 'quire[quantize]'``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from quire_build.checkpoint import Checkpoint, load_decoder
 from quire_build.decoder import Decoder
 from quire_build.gate import THRESHOLDS, compare, describe, read_tokens, text_workload
 from quire_build.quantization import (
+    PLANS,
     Calibration,
     NarrowType,
     plan_decoder,
@@ -38,7 +40,7 @@ NARROW: tuple[NarrowType, ...] = ("int8", "fp8")
 
 
 def sides(
-    plain: Decoder, calibrations: dict[NarrowType, Calibration]
+    plain: Decoder, calibrations: Mapping[NarrowType, Calibration]
 ) -> Iterator[tuple[str, Precision, Side, Side]]:
     """Each row's name, the precision whose thresholds it is held to, reference and what is compared."""
     reference = (plain, torch.float32)
@@ -46,8 +48,7 @@ def sides(
     yield "bf16", "bf16", reference, bf16
     yield "fp16", "fp16", reference, (rounded_decoder(plain, torch.float16), torch.float16)
     for against, name in ((bf16, "bf16"), (reference, "float32")):
-        for narrow in NARROW:
-            calibration = calibrations[narrow]
+        for narrow, calibration in calibrations.items():
             for what, decoder in (
                 ("weights", quantized_decoder(bf16[0], narrow, calibration)),
                 (
@@ -58,23 +59,28 @@ def sides(
             ):
                 yield f"{narrow} {what}, against {name}", narrow, against, (decoder, torch.bfloat16)
         yield f"fp8 KV, against {name}", "fp8", against, (bf16[0], torch.float8_e4m3fn)
-        for narrow in NARROW:
+        for precision, quantization in PLANS.items():
+            what = "weights, inputs by token, as in a plan" if quantization.inputs else "weights in groups"
             for head in (False, True):
-                decoder = plan_decoder(plain, narrow, head=head)
-                what = "weights in groups, head too" if head else "weights in groups"
-                yield f"{narrow} {what}, against {name}", narrow, against, (decoder, torch.bfloat16)
+                decoder = plan_decoder(plain, quantization, head=head)
+                row = f"{quantization.narrow} {what}{', head too' if head else ''}, against {name}"
+                yield row, precision, against, (decoder, torch.bfloat16)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    directory: Path = parser.parse_args().checkpoint
+    parser.add_argument("--plans", action="store_true", help="only what a plan can be")
+    options = parser.parse_args()
+    directory: Path = options.checkpoint
     checkpoint = Checkpoint.open(directory)
     config = checkpoint.config
     plain = load_decoder(checkpoint, config.max_context)
-    tokens = read_tokens(directory / "calibration.txt", directory)
-    calibrations = {narrow: calibrate(plain, config, tokens, narrow) for narrow in NARROW}
+    calibrations = {}
+    if not options.plans:
+        tokens = read_tokens(directory / "calibration.txt", directory)
+        calibrations = {narrow: calibrate(plain, config, tokens, narrow) for narrow in NARROW}
     reports: dict[str, GateReport] = {}
     for name, precision, *both in sides(plain, calibrations):
         workload = text_workload(directory / "held-out.txt", directory, BLOCK_SIZE, LIMITS)

@@ -24,16 +24,16 @@ from quire.execution.engine_state import (
     engine_state_elements,
 )
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
-from quire_build.quantization import quantize_in_groups
+from quire_build.quantization import quantize_in_groups, quantize_weights
 from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
-from quire_build.tensorrt.linear_tiles import LinearTile, tile_bytes, tiles
+from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tile_bytes, tiles
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
-    "weight_group": 0, "weight_float": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
+    "weight_group": 0, "weight_float": 0, "narrow_rows": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "normed": {"normed": 1, "biased": 1},
@@ -59,6 +59,12 @@ def quantized(weight: torch.Tensor, layer: Linear) -> tuple[torch.Tensor, torch.
     return narrow.values.view(torch.int32), scales, narrow.dequantized().to(weight.dtype)
 
 
+def quantized_rows(x: torch.Tensor, layer: Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [T, k] as the operator takes them in eight bits, their scales, and what the two stand for."""
+    narrow = quantize_weights(x, "fp8" if layer.weight_float else "int8")
+    return narrow.values.view(torch.int32), narrow.scales, narrow.dequantized()
+
+
 def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator)
 
@@ -82,12 +88,15 @@ def check(
     squares = x.square().view(rows, -1, 32).sum(-1)
     residual, gain = random(generator, rows, n), random(generator, n)
     bias = random(generator, n * (1 + layer.gated))
-    operand, scales = weight, x
-    if computed is not None:
-        x[computed:] = math.nan
+    operand, scales, narrow_x, x_scales, wide = weight, x, x, x, x
     if layer.weight_group:
         operand, scales, weight = quantized(weight, layer)
-    inputs = [x, operand, squares, residual, gain, bias, scales, state]
+    if layer.narrow_rows:
+        narrow_x, x_scales, wide = quantized_rows(x, layer)
+    if computed is not None:
+        x[computed:] = math.nan
+        x_scales[computed:] = math.nan
+    inputs = [x, operand, squares, residual, gain, bias, scales, narrow_x, x_scales, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
     outputs[3] = torch.full((tile.splits * tile.block_m * n * (1 + layer.gated),), math.nan)
@@ -97,8 +106,8 @@ def check(
     for output in outputs[: 1 + 2 * layer.adds_residual]:
         assert output[computed or rows :].isnan().all(), "a tile of padding was written"
     outputs, rows = [output[:computed] for output in outputs], computed or rows
-    x, residual = x[:rows], residual[:rows]
-    expected = x @ weight.T
+    x, wide, residual = x[:rows], wide[:rows], residual[:rows]
+    expected = wide @ weight.T
     if layer.normed:
         expected *= torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.epsilon)
     if layer.biased:
@@ -114,21 +123,62 @@ def check(
     torch.testing.assert_close(outputs[0], expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weight_group", [0, 64], ids=["", "int8"])
+EIGHT_BITS: dict[str, dict[str, Any]] = {
+    "": {},
+    "int8 weights": {"weight_group": 64},
+    "int8": {"weight_group": 160, "narrow_rows": 1},
+    "fp8": {"weight_group": 160, "weight_float": 1, "narrow_rows": 1},
+}
+"""What a layer of 160 inputs may be quantised to."""
+NARROW = [name for name in EIGHT_BITS if name]
+
+
+@pytest.mark.parametrize("eight_bits", ["", "int8 weights", "int8"])
 @pytest.mark.parametrize("rows", [1, 17, 70])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, weight_group: int) -> None:
+def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, eight_bits: str) -> None:
     """In the same state one after another, so that a counter left behind by one would spoil the next."""
-    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | {"weight_group": weight_group}))
+    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | EIGHT_BITS[eight_bits]))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     own = [
         tile
         for shared_bytes in (DEFAULT_SHARED_BYTES, HOPPER_SHARED_BYTES)
-        for tile in tiles(layer.n, layer.k, bool(layer.gated), weight_group, shared_bytes)
+        for tile in tiles(layer.n, layer.k, bool(layer.gated), layer.operands, shared_bytes)
     ]
     for tile in dict.fromkeys((*TILES, *own)):
         check(layer, rows, tile, state)
         assert not state.any(), f"{tile} left a counter behind"
+
+
+@pytest.mark.parametrize("eight_bits", NARROW[1:])
+@pytest.mark.parametrize("tile", TILES[:2], ids=lambda tile: f"{tile.splits}x{tile.block_m}")
+def test_rows_of_eight_bits_have_padding_behind_them_too(eight_bits: str, tile: LinearTile) -> None:
+    layer = Linear(k=160, n=96, **(PLAIN | KINDS["residual"] | EIGHT_BITS[eight_bits]))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    note(state, tokens=tile.block_m + 1, rows=1000)
+    check(layer, 3 * tile.block_m + 3, tile, state, 2 * tile.block_m)
+    assert not state.view(torch.int32)[COUNTERS_BYTE // 4 :].any(), "a counter was left behind"
+
+
+@pytest.mark.parametrize("k", [4, 60, 300])
+def test_rows_of_eight_bits_need_not_fill_a_tile(k: int) -> None:
+    """Sums of int8 products are exact."""
+    layer = Linear(k=k, n=48, **(PLAIN | {"weight_group": k, "narrow_rows": 1}))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(k)
+    values, weight = (
+        torch.randint(-127, 128, (rows, k), generator=generator, dtype=torch.int8) for rows in (5, 48)
+    )
+    x, one = torch.full((5, k), math.nan), torch.ones(1, 48)
+    inputs = [
+        x, weight.view(torch.int32), x, x, x, x, one, values.view(torch.int32), torch.ones(5), state
+    ]  # fmt: skip
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    for tactic in range(layer.num_tactics):
+        outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
+        launch = layer.launch(shapes, PlainArithmetic(), tactic)
+        launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+        assert torch.equal(outputs[0], values.float() @ weight.float().T)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,7 +234,7 @@ def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     x, weight = random(generator, 5, 40), random(generator, 96, 40)
-    inputs = [x, weight, x, x, x, x, x, state]
+    inputs = [x, weight, x, x, x, x, x, x, x, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     gate, up = (x @ weight.T).chunk(2, dim=-1)
     for tactic in range(layer.num_tactics):
@@ -202,7 +252,7 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
     narrow = quantize_in_groups(weight, "int8", torch.float16)
     operand, scales = narrow.values.view(torch.int32), narrow.scales.T.contiguous()
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    inputs = [x, operand, x, x, x, x, scales, state]
+    inputs = [x, operand, x, x, x, x, scales, x, x, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     expected = x.float() @ narrow.dequantized().T
     for tactic in range(layer.num_tactics):
@@ -216,12 +266,14 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
         torch.testing.assert_close(outputs[0].float(), expected, atol=1e-3, rtol=2**-11)
 
 
+@pytest.mark.parametrize(
+    "narrow", [{"weight_group": 64, "weight_float": 1}, EIGHT_BITS["fp8"]], ids=["weights", "rows too"]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_may_be_floats_of_eight_bits(kind: str) -> None:
-    narrow = {"weight_group": 64, "weight_float": 1}
+def test_numbers_of_eight_bits_may_be_floats(kind: str, narrow: dict[str, Any]) -> None:
     layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | narrow))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    for tile in tiles(layer.n, layer.k, bool(layer.gated), layer.weight_group):
+    for tile in tiles(layer.n, layer.k, bool(layer.gated), layer.operands):
         check(layer, 17, tile, state)
 
 
@@ -231,14 +283,17 @@ LAYERS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("weight_group", [0, 64], ids=["", "int8"])
+OPERANDS: tuple[Operands, ...] = ("wide", "widened", "int8", "fp8")
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
-def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, weight_group: int) -> None:
+def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, operands: Operands) -> None:
     def most(shared_bytes: int) -> int:
         wanted, rows = [], []
-        for tile in tiles(4096, 4096, gated, weight_group, shared_bytes):
+        for tile in tiles(4096, 4096, gated, operands, shared_bytes):
             shape = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
-            wanted.append(tile_bytes(shape, gated, weight_group))
+            wanted.append(tile_bytes(shape, gated, operands))
             rows.append(tile.block_m)
         assert max(wanted) <= shared_bytes
         assert rows == sorted(rows)
@@ -249,20 +304,19 @@ def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, weight_group
     assert most(deepest) == deepest
     for shared_bytes in (DEFAULT_SHARED_BYTES, deepest - 1):
         assert most(shared_bytes) <= DEFAULT_SHARED_BYTES
-    default = tiles(4096, 4096, gated, weight_group)
-    assert default == tiles(4096, 4096, gated, weight_group, DEFAULT_SHARED_BYTES)
+    default = tiles(4096, 4096, gated, operands)
+    assert default == tiles(4096, 4096, gated, operands, DEFAULT_SHARED_BYTES)
 
 
 @pytest.mark.parametrize(
-    ("weight_group", "shared_bytes"),
-    list(itertools.product((0, 64), (DEFAULT_SHARED_BYTES, HOPPER_SHARED_BYTES))),
-    ids=["", "deep", "int8", "deep int8"],
+    ("eight_bits", "shared_bytes"),
+    list(itertools.product(EIGHT_BITS, (DEFAULT_SHARED_BYTES, HOPPER_SHARED_BYTES))),
 )
 @LAYERS
 def test_scratch_and_counters_hold_every_launch(
-    n: int, k: int, gated: int, weight_group: int, shared_bytes: int
+    n: int, k: int, gated: int, eight_bits: str, shared_bytes: int
 ) -> None:
-    kind = {"gated": gated, "weight_group": weight_group, "shared_bytes": shared_bytes}
+    kind = {"gated": gated, "shared_bytes": shared_bytes} | EIGHT_BITS[eight_bits]
     layer = Linear(k=k, n=n, **(PLAIN | kind))
     for rows in (1, 16, 17, 64, 65, 128, 1000, 8192):
         shapes = [(rows, k), (n * (1 + gated), k)]
@@ -287,12 +341,13 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
     tile = LinearTile(splits=2, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3)
     launch = layer.launch_in(tile, [x.shape, weight.shape], PlainArithmetic())
     launch.kernel[(1, 1, 1)](
-        x, weight, x, x, x, x, x, state, *launch.integers, *outputs, **launch.constants
+        x, weight, x, x, x, x, x, x, x, state, *launch.integers, *outputs, **launch.constants
     )  # fmt: skip
     assert state.view(torch.int32).nonzero().flatten().tolist() == [COUNTERS_BYTE // 4]
 
 
 PTX_SCRIPT = """
+import re
 import sys
 from dataclasses import replace
 
@@ -300,7 +355,7 @@ from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.linear_tiles import tile_bytes
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
-eight_bits = dict(weight_group=0, weight_float=0)
+eight_bits = dict(weight_group=0, weight_float=0, narrow_rows=0)
 flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1, shared_bytes=48 * 1024, **eight_bits)
 plain = Linear(gated=0, adds_residual=1, wide_output=0, **flags)
 gated = Linear(gated=1, adds_residual=0, wide_output=0, **flags)
@@ -308,15 +363,20 @@ wide = Linear(gated=0, adds_residual=0, wide_output=1, **flags)
 cases = [(90, plain, tactic) for tactic in range(plain.num_tactics)]
 cases += [(90, gated, tactic) for tactic in range(gated.num_tactics)]
 for layer in (plain, gated):
-    narrow = replace(layer, weight_group=64)
-    cases += [(90, narrow, tactic) for tactic in range(narrow.num_tactics)]
-    for shallow in (layer, narrow):
+    widened = replace(layer, weight_group=64)
+    int8 = replace(layer, weight_group=layer.k, narrow_rows=1)
+    fp8 = replace(int8, weight_float=1)
+    for narrow in (widened, int8, fp8):
+        cases += [(90, narrow, tactic) for tactic in range(narrow.num_tactics)]
+    for shallow in (layer, widened, int8, fp8):
         # Those that are among the shallow ones have been compiled.
         deep = replace(shallow, shared_bytes=227 * 1024)
         cases += [(90, deep, tactic) for tactic, tile in enumerate(deep._tiles) if tile not in shallow._tiles]
 floating = replace(plain, weight_group=64, weight_float=1, shared_bytes=227 * 1024)
 cases += [(90, floating, tactic) for tactic in (0, floating.num_tactics - 1)]
 cases += [(90, wide, wide.num_tactics - 1), (80, plain, plain.num_tactics - 1), (89, gated, 1)]
+cases += [(80, replace(plain, weight_group=4096, narrow_rows=1), tactic) for tactic in (1, 5)]
+cases += [(89, fp8, tactic) for tactic in (1, 4)]
 for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
     launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer._tiles[tactic]
     assert launch.max_shared_bytes == layer.shared_bytes
@@ -329,11 +389,12 @@ for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
     print(arch, layer.n, tile, compiled.shared_bytes)
     if arch == 90:
         shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
-        assert compiled.shared_bytes <= tile_bytes(shape, bool(layer.gated), layer.weight_group)
+        assert compiled.shared_bytes <= tile_bytes(shape, bool(layer.gated), layer.operands)
     assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
     assert "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
     if arch == 90 and launch.constants["BLOCK_M"] >= 64:
-        assert "wgmma" in compiled.ptx
+        numbers = {"int8": ".s32.s8.s8", "fp8": ".f32.e4m3.e4m3"}.get(layer.operands, ".f32.bf16.bf16")
+        assert re.search("wgmma.*" + re.escape(numbers), compiled.ptx), "numbers are widened"
 """
 
 

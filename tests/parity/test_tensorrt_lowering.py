@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -29,12 +30,14 @@ from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig, RopeConfig
 from quire_build.export import GRAPH_FILE, export_onnx
 from quire_build.paged_attention import paged_attention_in_place
+from quire_build.quantization import PLANS, rotated
 from quire_build.tensorrt import operators
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.lowering.attention import lower_attention
-from quire_build.tensorrt.lowering.graph import Graph
+from quire_build.tensorrt.lowering.graph import Graph, attribute
 from quire_build.tensorrt.lowering.linear import lower_linear
 from quire_build.tensorrt.lowering.norm import lower_norms
+from quire_build.tensorrt.lowering.quantize import NUM_INPUTS, lower_quantization
 from quire_build.tensorrt.lowering.residual import lower_residual_sums
 from quire_build.tensorrt.lowering.swiglu import lower_swiglu
 
@@ -89,7 +92,7 @@ def run_node(
     """Run one of our operators on float32; `inputs` are the node's, and what a plan adds to them."""
     flags = {
         "normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0, "weight_group": 0,
-        "weight_float": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
+        "weight_float": 0, "narrow_rows": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
     }  # fmt: skip
     values = flags | POOL_OF_ONE | attributes
     # The evaluator hands in numpy scalars.
@@ -139,7 +142,25 @@ class Linear(OpRun):
     op_domain = "quire"
 
     def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
-        return run_node(operators.Linear, self.onnx_node, [*inputs, None, new_state()], attributes)
+        if len(inputs) <= NUM_INPUTS:
+            given = [*inputs, None, None, None, new_state()]
+            return run_node(operators.Linear, self.onnx_node, given, attributes)
+        # Nothing but a plan's builder quantises weights: these are as wide as ever, and the rows made so.
+        numbers, scales = inputs[NUM_INPUTS:]
+        assert numbers is not None
+        assert scales is not None
+        rows = numbers.view(np.int8).astype(np.float32) * scales[:, None]
+        rotation = PLANS["int8"].rotation(rows.shape[1])
+        wide = rotated(torch.from_numpy(rows), rotation).numpy()
+        given = [wide, *inputs[1:NUM_INPUTS], None, None, None, new_state()]
+        return run_node(operators.Linear, self.onnx_node, given, attributes)
+
+
+class Quantize(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array, **attributes: Any) -> tuple[Array, ...]:
+        return run_node(operators.Quantize, self.onnx_node, [*inputs, new_state()], attributes)
 
 
 class Sample(OpRun):
@@ -149,7 +170,7 @@ class Sample(OpRun):
         return run_node(operators.Sample, self.onnx_node, inputs, attributes)
 
 
-OPERATORS = [PagedAttention, StepBegin, KvWrite, PagedAttend, Linear, Sample]
+OPERATORS = [PagedAttention, StepBegin, KvWrite, PagedAttend, Quantize, Linear, Sample]
 
 
 def step() -> dict[str, Array]:
@@ -189,10 +210,11 @@ def padded_step() -> dict[str, Array]:
     return inputs
 
 
-def evaluate(model: onnx.ModelProto, *outputs: str) -> list[Array]:
+def evaluate(model: onnx.ModelProto, *outputs: str, more_operators: Sequence[Any] = ()) -> list[Array]:
     inputs = step()
     given = {str(i.name): np.ascontiguousarray(inputs[i.name]) for i in model.graph.input}
-    results = ReferenceEvaluator(model, new_ops=OPERATORS).run(list(outputs), given)
+    known: list[Any] = [*OPERATORS, *more_operators]
+    results = ReferenceEvaluator(model, new_ops=known).run(list(outputs), given)
     assert isinstance(results, list)
     return [np.asarray(result) for result in results]
 
@@ -220,6 +242,36 @@ def test_rewrite_keeps_the_logits(model: onnx.ModelProto, name: str) -> None:
     expected = logits(model)
     assert float(np.abs(expected).max()) > 0.5
     np.testing.assert_allclose(logits(rewritten), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_quantised_rows_are_as_near_as_eight_bits_come(model: onnx.ModelProto) -> None:
+    """And one Quantize serves all layers that read the same rows."""
+    quantized = copy.deepcopy(model)
+    lower(quantized, PLANS["int8"])
+    own = [node.op_type for node in quantized.graph.node if node.domain == "quire"]
+    layer = [
+        "Quantize", "Linear", "KvWrite", "PagedAttend", *("Quantize", "Linear") * 3
+    ]  # fmt: skip
+    assert own == ["StepBegin", *layer, *layer, "Quantize", "Linear", "Sample"]
+    quantizers = [node for node in quantized.graph.node if node.op_type == "Quantize"]
+    assert [attribute(node, "of_logits") for node in quantizers] == [0] * 8 + [1]
+    expected, actual = logits(model), logits(quantized)
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.03
+
+
+def test_layers_that_share_their_rows_share_the_numbers() -> None:
+    rows = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", 64])
+    weights = [numpy_helper.from_array(np.ones((32, 64), np.float32), name) for name in "ab"]
+    nodes = [helper.make_node("Gemm", ["x", name], [f"{name}.out"], transB=1) for name in "ab"]
+    made = [helper.make_tensor_value_info(f"{name}.out", TensorProto.FLOAT, ["T", 32]) for name in "ab"]
+    graph = Graph(helper.make_model(helper.make_graph(nodes, "two", [rows], made, weights)))
+    lower_linear(graph)
+    lower_quantization(graph, PLANS["fp8"])
+    graph.finish()
+    assert [node.op_type for node in graph.model.graph.node] == ["Quantize", "Linear", "Linear"]
+    first, second = graph.of_type("Linear")
+    assert first.input[6:] == second.input[6:] == graph.of_type("Quantize")[0].output
 
 
 def test_lowered_graph_begins_and_samples_and_has_six_operators_a_layer(

@@ -20,18 +20,28 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
 from tests.parity import test_tensorrt_lowering
-from tests.parity.test_tensorrt_lowering import NUM_BLOCKS, Array, logits, model, padded_step, step
+from tests.parity.test_tensorrt_lowering import (
+    NUM_BLOCKS,
+    Array,
+    evaluate,
+    logits,
+    model,
+    padded_step,
+    step,
+)
 from tests.parity.test_tensorrt_operators import run
 
 from quire.errors import UnsupportedModelError
+from quire.execution.manifest import Precision
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
-from quire_build.quantization import NarrowType, quantize_in_groups
+from quire_build.quantization import PLANS
 from quire_build.tensorrt import operators
 from quire_build.tensorrt.builder import weight_bytes
 from quire_build.tensorrt.lowering import lower
@@ -148,7 +158,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[operators.Operator]:
 
 def written(
     model: onnx.ModelProto,
-    narrow: NarrowType | None = None,
+    precision: Precision = "float32",
     inputs: dict[str, Array] | None = None,
     shared_bytes: int = DEFAULT_SHARED_BYTES,
     kv_dtype: torch.dtype = torch.float32,
@@ -156,7 +166,7 @@ def written(
     """The stand-in with a model in it, computed on `inputs`, or those of `step`."""
     weights = {w.name: torch.tensor(numpy_helper.to_array(w)) for w in model.graph.initializer}
     lowered = copy.deepcopy(model)
-    lower(lowered)
+    lower(lowered, PLANS.get(precision))
     given = {name: torch.from_numpy(array) for name, array in (inputs or step()).items()}
     given["kv_cache.0"] = given.pop("kv_cache").to(kv_dtype)
     network = Network(given)
@@ -167,7 +177,7 @@ def written(
         weights.__getitem__,
         dtype=torch.float32,
         kv_dtype=kv_dtype,
-        narrow=narrow,
+        quantization=PLANS.get(precision),
         shared_bytes=shared_bytes,
         pool=pool,
         max_num_seqs=8,
@@ -189,13 +199,11 @@ def test_network_computes_the_models_logits(model: onnx.ModelProto) -> None:
     assert "PagedAttend:" in "".join(network.layer_names)
 
 
-@pytest.mark.parametrize("narrow", [None, "int8"])
+@pytest.mark.parametrize("precision", ["float32", "int8-weights", "int8"])
 @pytest.mark.usefixtures("tensorrt")
-def test_padding_changes_no_logits_and_samples_nothing(
-    model: onnx.ModelProto, narrow: NarrowType | None
-) -> None:
+def test_padding_changes_no_logits_and_samples_nothing(model: onnx.ModelProto, precision: Precision) -> None:
     """What the operators leave out stays as `run` has made it: not a number, and -7."""
-    alone, padded = written(model, narrow), written(model, narrow, padded_step())
+    alone, padded = written(model, precision), written(model, precision, padded_step())
     assert padded.marked["logits"].shape == (6, 48)
     np.testing.assert_allclose(
         padded.marked["logits"][:3].numpy(), alone.marked["logits"].numpy(), atol=2e-4, rtol=2e-4
@@ -214,32 +222,63 @@ def test_linear_layers_know_how_much_shared_memory_there_is_and_which_of_them_ma
     assert [layer.wide_output for layer in layers] == [0] * (len(layers) - 1) + [1]
 
 
-@pytest.mark.parametrize("narrow", ["int8", "fp8"])
-@pytest.mark.usefixtures("tensorrt")
-def test_network_of_eight_bits_computes_the_logits_of_the_quantised_model(
-    model: onnx.ModelProto, narrow: NarrowType
-) -> None:
-    """The last group of the down projection, with 80 inputs, is shorter than the others."""
+def quantized_weights(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+    """The model with the weights that a plan of eight bits computes with."""
     quantized = copy.deepcopy(model)
     linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     assert "lm_head.weight" in linear
     for weight in quantized.graph.initializer:
         if weight.name in linear:
-            values = quantize_in_groups(torch.tensor(numpy_helper.to_array(weight)), narrow, torch.float32)
+            values = PLANS[precision].weight(torch.tensor(numpy_helper.to_array(weight)), torch.float32)
             weight.CopyFrom(numpy_helper.from_array(values.dequantized().numpy(), weight.name))
-    network = written(model, narrow)
-    expected = logits(quantized)
+    return quantized
+
+
+@pytest.mark.parametrize("precision", ["int8-weights", "fp8-weights"])
+@pytest.mark.usefixtures("tensorrt")
+def test_network_of_eight_bits_computes_the_logits_of_the_quantised_model(
+    model: onnx.ModelProto, precision: Precision
+) -> None:
+    """The last group of the down projection, with 80 inputs, is shorter than the others."""
+    network = written(model, precision)
+    expected = logits(quantized_weights(model, precision))
     np.testing.assert_allclose(network.marked["logits"].numpy(), expected, atol=2e-4, rtol=2e-4)
     assert np.abs(logits(model) - expected).max() > 0.01
 
 
-@pytest.mark.parametrize("narrow", [None, "int8"])
+def with_quantized_rows(model: onnx.ModelProto, precision: Precision) -> Array:
+    """Its logits by ONNX's own matrix products, each of rows that were quantised as the decoder's are."""
+
+    class Gemm(OpRun):
+        op_domain = ""
+
+        def _run(self, x: Array, weight: Array, **_: Any) -> tuple[Array]:
+            return ((PLANS[precision].input(torch.from_numpy(x)) @ torch.from_numpy(weight).T).numpy(),)
+
+    return evaluate(model, "logits", more_operators=[Gemm])[0]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.usefixtures("tensorrt")
+def test_network_of_rows_of_eight_bits_computes_the_logits_of_the_quantised_model(
+    model: onnx.ModelProto, precision: Precision
+) -> None:
+    """But for numbers that lie between two of eight bits."""
+    expected = with_quantized_rows(quantized_weights(model, precision), precision)
+    distance = np.linalg.norm(logits(model) - expected)
+    network = written(model, precision)
+    error = np.linalg.norm(network.marked["logits"].numpy() - expected)
+    assert error < 0.2 * distance
+    assert error < 0.005 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8-weights", "int8"])
 @pytest.mark.usefixtures("tensorrt")
 def test_the_weights_take_as_much_as_the_pools_size_rests_on(
-    model: onnx.ModelProto, narrow: NarrowType | None
+    model: onnx.ModelProto, precision: Precision
 ) -> None:
-    expected = written(model, narrow).constant_bytes
-    assert weight_bytes(model, 4, narrow is not None) == pytest.approx(expected, rel=0.01)
+    expected = written(model, precision).constant_bytes
+    assert weight_bytes(model, 4, PLANS.get(precision)) == pytest.approx(expected, rel=0.01)
 
 
 def test_network_over_a_pool_of_fp8_computes_the_logits_of_kv_rounded_to_it(
@@ -276,4 +315,4 @@ def test_int8_needs_whole_words_of_a_row(model: onnx.ModelProto) -> None:
             values = numpy_helper.to_array(weight)[:, :-1].copy()
             weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     with pytest.raises(UnsupportedModelError, match="63 inputs"):
-        written(other, "int8")
+        written(other, "int8-weights")

@@ -23,6 +23,7 @@ from quire_build.decoder_config import DecoderConfig
 from quire_build.gate import THRESHOLDS, compare, gate_workload
 from quire_build.quantization import (
     LARGEST,
+    PLANS,
     Calibration,
     NarrowType,
     plan_decoder,
@@ -30,6 +31,7 @@ from quire_build.quantization import (
     quantize_weights,
     quantized_decoder,
     quantized_linears,
+    rotated,
     rounded_decoder,
 )
 from quire_build.tensorrt.builder import TensorRTBuilder
@@ -148,7 +150,8 @@ def test_a_plan_of_int8_differs_less_with_groups_than_with_channels() -> None:
     for parameter in wide.parameters():
         if parameter.dim() == 2:
             parameter.normal_(std=0.05)
-    by_group, by_channel = plan_decoder(wide), quantized_decoder(wide, "int8", Calibration())
+    by_group = plan_decoder(wide, PLANS["int8-weights"])
+    by_channel = quantized_decoder(wide, "int8", Calibration())
     assert not torch.equal(by_group.lm_head.weight, wide.lm_head.weight)
     assert torch.equal(by_group.embed_tokens.weight, wide.embed_tokens.weight.bfloat16().float())
     for name, linear in quantized_linears(wide).items():
@@ -157,6 +160,37 @@ def test_a_plan_of_int8_differs_less_with_groups_than_with_channels() -> None:
             for other in (by_group, by_channel)
         )
         assert of_group < 0.8 * of_channel
+
+
+def test_a_rotation_spreads_what_a_few_inputs_have_over_all() -> None:
+    """Weights and inputs with a large input: int8 loses less rotated, and the product is what it was."""
+    torch.manual_seed(5)
+    weight, x = torch.randn(20, 512), torch.randn(30, 512)
+    x[:, 7] *= 60.0
+    weight[:, 300] *= 20.0
+    plan = PLANS["int8"]
+    assert (plan.rotation(512), plan.rotation(96), plan.rotation(7)) == (256, 32, 1)
+    plain = quantize_weights(weight, "int8"), quantize_weights(x, "int8")
+    turned = plan.weight(weight, torch.bfloat16)
+    assert turned.scales.shape == (20, 1) and turned.values.dtype == torch.int8
+    product = x @ weight.T
+    off_plain = plain[1].dequantized() @ plain[0].dequantized().T - product
+    off_turned = plan.input(x) @ turned.dequantized().T - product
+    assert float(off_turned.norm()) < 0.3 * float(off_plain.norm())
+    # A kernel multiplies the rotated ones, which nothing rotates back.
+    rows = rotated(plan.input(x), 256)
+    torch.testing.assert_close(
+        rows @ (turned.values.float() * turned.scales.float()).T, off_turned + product, atol=1e-2, rtol=1e-4
+    )
+
+
+def test_a_plan_of_eight_bits_quantises_inputs_and_the_head(decoder: Decoder) -> None:
+    bf16 = rounded_decoder(decoder, torch.bfloat16)
+    for of_plan in PLANS.values():
+        plan = plan_decoder(decoder, of_plan)
+        assert not torch.equal(plan.lm_head.weight, bf16.lm_head.weight)
+        _, error = _errors(bf16, plan)
+        assert 1e-6 < error < 0.02
 
 
 def test_a_plan_of_eight_bits_is_held_against_the_module_rounded_to_its_model_type(
@@ -188,7 +222,7 @@ def test_a_plan_of_eight_bits_is_held_against_the_module_rounded_to_its_model_ty
         )
         return pipeline._measure(source, manifest, Path(), builder, None)
 
-    for narrow in (("int8", "bf16"), ("int8", "fp8"), ("bf16", "fp8"), ("fp16", "fp8")):
+    for narrow in (*((name, "bf16") for name in PLANS), ("int8", "fp8"), ("bf16", "fp8"), ("fp16", "fp8")):
         assert report(*narrow).max_abs_logit_error == 0.0
     assert report("bf16", "bf16").max_abs_logit_error > 1e-4
     assert report("fp16", "fp16").max_abs_logit_error > 1e-5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -21,7 +22,6 @@ from quire.execution.manifest import (
     GateReport,
     Manifest,
     ModelDimensions,
-    Precision,
     file_digest,
     write_manifest,
 )
@@ -52,7 +52,7 @@ def weights() -> dict[str, NDArray[np.float32]]:
 
 
 def write_engine(
-    directory: Path, *, sliding_window: int | None = None, precision: Precision = "float32"
+    directory: Path, *, sliding_window: int | None = None, precision: Literal["float32", "bf16"] = "float32"
 ) -> Manifest:
     """Write model.onnx and engine.json."""
     cache_shape: Shape = ["num_blocks", NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]

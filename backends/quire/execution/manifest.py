@@ -21,7 +21,7 @@ DIGEST_PIECE_BYTES = 32 << 20
 DIGEST_THREADS = 16
 
 Runtime = Literal["openvino", "tensorrt", "torch"]
-Precision = Literal["float32", "bf16", "fp16", "int8", "fp8"]
+Precision = Literal["float32", "bf16", "fp16", "int8", "fp8", "int8-weights", "fp8-weights"]
 KvCacheDtype = Literal["float32", "bf16", "fp16", "fp8"]
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]

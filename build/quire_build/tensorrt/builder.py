@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnx
 
     from quire_build.decoder_config import DecoderConfig
+    from quire_build.quantization import Quantization
 
 MODEL_ELEMENT_BYTES = 2
 """Of activations, and of weights that are not of eight bits, in every precision."""
@@ -40,6 +41,8 @@ class TensorRTBuilder:
         "fp16": ("fp16", "fp8"),
         "int8": ("bf16", "fp8"),
         "fp8": ("bf16", "fp8"),
+        "int8-weights": ("bf16", "fp8"),
+        "fp8-weights": ("bf16", "fp8"),
     }
     reference_device = "cuda"
     default_placement = EnginePlacement.IN_PROCESS
@@ -57,7 +60,7 @@ class TensorRTBuilder:
     ) -> BuiltEngine:
         """Lower the graph and build it; weights are read from the checkpoint as they are needed."""
         from quire_build.export import export_graph
-        from quire_build.quantization import narrow_type
+        from quire_build.quantization import PLANS
         from quire_build.tensorrt.plan import PlanOptions, build_plan
         from quire_build.torch_executor import KV_DTYPES
 
@@ -65,7 +68,7 @@ class TensorRTBuilder:
         progress(f"exporting the graph of {source.directory} ({config.architecture})")
         graph = export_graph(config, self.block_size, limits.max_model_len)
         kv_element_bytes = KV_ELEMENT_BYTES[options.kv_cache_dtype]
-        narrow = narrow_type(options.precision)
+        quantization = PLANS.get(options.precision)
         plan_options = PlanOptions(
             dtype=KV_DTYPES[self.kv_cache_dtypes[options.precision][0]],
             kv_dtype=KV_DTYPES[options.kv_cache_dtype],
@@ -73,9 +76,9 @@ class TensorRTBuilder:
             block_size=self.block_size,
             kv_bytes_per_block=config.kv_elements_per_token * self.block_size * kv_element_bytes,
             pool_bytes=self._hosted_pool_bytes(
-                options, config, weight_bytes(graph, MODEL_ELEMENT_BYTES, narrow is not None)
+                options, config, weight_bytes(graph, MODEL_ELEMENT_BYTES, quantization)
             ),
-            narrow=narrow,
+            quantization=quantization,
             timing_cache=_cache_directory() / TIMING_CACHE_FILE,
         )
         weight = checkpoint_weights(source, limits.max_model_len)
@@ -127,26 +130,25 @@ def built_plan(details: PlanDetails) -> BuiltEngine:
     )
 
 
-def weight_bytes(model: onnx.ModelProto, element_bytes: int, narrow: bool) -> int:
+def weight_bytes(model: onnx.ModelProto, element_bytes: int, quantization: Quantization | None) -> int:
     """Bytes of a plan's weights.
 
     Args:
         model: model.onnx, not lowered yet.
         element_bytes: of weights that stay in the model's type.
-        narrow: whether linear layers have weights of eight bits, in groups.
+        quantization: of linear layers; None for none.
     """
-    from quire_build.quantization import WEIGHT_GROUP
-
-    linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"} if narrow else set()
+    linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     others = {name for node in model.graph.node for name in node.input if node.op_type != "Gemm"}
     total = 0
     for weight in model.graph.initializer:
         elements = math.prod(weight.dims)
-        if weight.name in linear:
+        narrow = quantization is not None and weight.name in linear
+        if quantization is not None and narrow:
             rows, columns = weight.dims
-            total += elements + rows * -(-columns // WEIGHT_GROUP) * element_bytes
+            total += elements + rows * -(-columns // quantization.group(columns)) * element_bytes
         # An embedding that is the output layer as well is there twice.
-        if weight.name not in linear or weight.name in others:
+        if not narrow or weight.name in others:
             total += elements * element_bytes
     return total
 

@@ -6,7 +6,9 @@ chosen here was measured on an H100 with `tests/benchmarks/gpu_linear.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from quire.execution.engine_state import NUM_COUNTERS
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
@@ -41,6 +43,10 @@ class LinearTile:
     num_stages: int
 
 
+Operands = Literal["wide", "widened", "int8", "fp8"]
+"""What the matrix unit multiplies: rows and weights of the model's type, or weights of eight bits widened to
+it, or both in eight bits."""
+
 Shape = tuple[int, int, int, int, int]
 """block_m, block_n, block_k, num_warps and num_stages of a `LinearTile`."""
 
@@ -52,7 +58,7 @@ PLAIN: tuple[Shape, ...] = (
     (128, 128, 32, 4, 3),
 )
 GATED: tuple[Shape, ...] = ((16, 32, 128, 4, 2), (64, 32, 64, 4, 3), (64, 64, 64, 4, 2), (128, 64, 32, 8, 3))
-INT8_PLAIN: tuple[Shape, ...] = (
+WIDENED_PLAIN: tuple[Shape, ...] = (
     (16, 32, 64, 4, 8),
     (16, 64, 64, 4, 6),
     (32, 64, 64, 4, 6),
@@ -60,12 +66,27 @@ INT8_PLAIN: tuple[Shape, ...] = (
     (64, 128, 64, 8, 2),
     (128, 128, 32, 8, 3),
 )
-INT8_GATED: tuple[Shape, ...] = (
+WIDENED_GATED: tuple[Shape, ...] = (
     (16, 32, 64, 4, 6),
     (32, 32, 64, 4, 6),
     (64, 32, 64, 4, 3),
     (64, 64, 64, 8, 2),
     (128, 64, 32, 8, 3),
+)
+NARROW_PLAIN: tuple[Shape, ...] = (
+    (16, 32, 256, 4, 4),
+    (16, 64, 128, 4, 4),
+    (32, 64, 128, 4, 4),
+    (64, 64, 128, 4, 3),
+    (64, 128, 128, 4, 2),
+    (128, 128, 64, 8, 3),
+)
+NARROW_GATED: tuple[Shape, ...] = (
+    (16, 32, 128, 4, 4),
+    (32, 32, 128, 4, 4),
+    (64, 32, 128, 4, 3),
+    (64, 64, 128, 4, 2),
+    (128, 64, 64, 8, 3),
 )
 """Tiles for the shared memory that every program has; few rows first."""
 
@@ -86,7 +107,7 @@ DEEP_GATED: tuple[Shape, ...] = (
     (256, 64, 64, 8, 3),
     (256, 64, 64, 8, 4),
 )
-DEEP_INT8_PLAIN: tuple[Shape, ...] = (
+DEEP_WIDENED_PLAIN: tuple[Shape, ...] = (
     (16, 32, 64, 4, 8),
     (16, 64, 64, 4, 6),
     (32, 64, 64, 4, 6),
@@ -94,51 +115,94 @@ DEEP_INT8_PLAIN: tuple[Shape, ...] = (
     (64, 128, 64, 4, 4),
     (128, 128, 64, 8, 6),
 )
-DEEP_INT8_GATED: tuple[Shape, ...] = (
+DEEP_WIDENED_GATED: tuple[Shape, ...] = (
     (16, 32, 64, 4, 6),
     (32, 32, 64, 4, 6),
     (64, 64, 64, 4, 4),
     (128, 64, 64, 8, 3),
 )
+DEEP_INT8_PLAIN: tuple[Shape, ...] = (
+    (16, 32, 256, 4, 4),
+    (16, 64, 128, 4, 6),
+    (32, 64, 128, 4, 6),
+    (64, 64, 128, 4, 6),
+    (64, 64, 256, 4, 5),
+    (128, 128, 128, 8, 6),
+    (256, 128, 128, 8, 4),
+)
+DEEP_INT8_GATED: tuple[Shape, ...] = (
+    (16, 32, 128, 4, 4),
+    (32, 32, 128, 4, 4),
+    (64, 64, 128, 4, 3),
+    (128, 64, 128, 8, 3),
+    (128, 64, 128, 8, 6),
+    (256, 64, 128, 8, 4),
+)
+DEEP_FP8_PLAIN: tuple[Shape, ...] = (
+    (16, 32, 256, 4, 4),
+    (32, 64, 128, 4, 6),
+    (64, 32, 256, 4, 4),
+    (64, 64, 128, 4, 6),
+    (64, 128, 128, 4, 5),
+    (128, 128, 128, 8, 3),
+    (128, 128, 128, 8, 6),
+)
+DEEP_FP8_GATED: tuple[Shape, ...] = (
+    (16, 32, 128, 4, 4),
+    (64, 32, 128, 4, 4),
+    (64, 64, 128, 4, 3),
+    (128, 64, 128, 8, 3),
+    (128, 64, 128, 8, 6),
+)
 """Tiles for programs that may have nearly all shared memory of a multiprocessor: from 64 rows on, both
 operands of a matrix instruction come from there, and it takes that many stages for memory to keep up."""
 
 
+SHAPES: Mapping[Operands, tuple[tuple[Shape, ...], ...]] = {
+    "wide": (PLAIN, GATED, DEEP_PLAIN, DEEP_GATED),
+    "widened": (WIDENED_PLAIN, WIDENED_GATED, DEEP_WIDENED_PLAIN, DEEP_WIDENED_GATED),
+    "int8": (NARROW_PLAIN, NARROW_GATED, DEEP_INT8_PLAIN, DEEP_INT8_GATED),
+    "fp8": (NARROW_PLAIN, NARROW_GATED, DEEP_FP8_PLAIN, DEEP_FP8_GATED),
+}
+
+
 def tiles(
-    n: int, k: int, gated: bool, weight_group: int = 0, shared_bytes: int = DEFAULT_SHARED_BYTES
+    n: int,
+    k: int,
+    gated: bool,
+    operands: Operands = "wide",
+    shared_bytes: int = DEFAULT_SHARED_BYTES,
 ) -> tuple[LinearTile, ...]:
     """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first.
 
     Args:
-        weight_group: inputs that share a scale where weights are of one byte and not of two, as rows are: a
-            multiple of every block_k; 0 otherwise.
+        operands: what is multiplied. Where weights are widened, every block_k divides `WEIGHT_GROUP`.
         shared_bytes: shared memory that a program may have.
     """
-    if weight_group:
-        shapes, deep = (INT8_GATED, DEEP_INT8_GATED) if gated else (INT8_PLAIN, DEEP_INT8_PLAIN)
-    else:
-        shapes, deep = (GATED, DEEP_GATED) if gated else (PLAIN, DEEP_PLAIN)
-    if max(tile_bytes(shape, gated, weight_group) for shape in deep) <= shared_bytes:
+    plain, two, deep_plain, deep_two = SHAPES[operands]
+    shapes, deep = (two, deep_two) if gated else (plain, deep_plain)
+    if max(tile_bytes(shape, gated, operands) for shape in deep) <= shared_bytes:
         shapes = deep
-    return tuple(LinearTile(_splits(n, k, gated, weight_group, shape), *shape) for shape in shapes)
+    return tuple(LinearTile(_splits(n, k, gated, operands, shape), *shape) for shape in shapes)
 
 
-def tile_bytes(shape: Shape, gated: bool, weight_group: int = 0) -> int:
+def tile_bytes(shape: Shape, gated: bool, operands: Operands = "wide") -> int:
     """Shared memory that a program needs at most: both operands, once for each stage.
 
-    A weight of int8 comes once more, widened, where matrix instructions read it from there.
+    A weight that is widened comes once more where matrix instructions read it from there.
     """
     block_m, block_n, block_k, _, stages = shape
     columns = (1 + gated) * block_n
-    stage_bytes = block_k * (2 * block_m + columns * (1 if weight_group else 2))
-    widened_bytes = 2 * block_k * columns if weight_group and block_m >= 64 else 0
+    row_bytes, weight_bytes = {"wide": (2, 2), "widened": (2, 1)}.get(operands, (1, 1))
+    stage_bytes = block_k * (row_bytes * block_m + weight_bytes * columns)
+    widened_bytes = 2 * block_k * columns if operands == "widened" and block_m >= 64 else 0
     return stages * stage_bytes + widened_bytes
 
 
-def _splits(n: int, k: int, gated: bool, weight_group: int, shape: Shape) -> int:
+def _splits(n: int, k: int, gated: bool, operands: Operands, shape: Shape) -> int:
     """As many splits as it takes to fill the GPU, if k and the counters allow."""
     block_m, block_n, block_k, _, _ = shape
     columns = -(-n // block_n)
     programs = PROGRAMS_PER_MULTIPROCESSOR - (block_m * block_n * (1 + gated) >= LARGE_TILE)
-    programs = min(programs, MULTIPROCESSOR_BYTES // tile_bytes(shape, gated, weight_group))
+    programs = min(programs, MULTIPROCESSOR_BYTES // tile_bytes(shape, gated, operands))
     return max(1, min(programs * MULTIPROCESSORS // columns, k // (4 * block_k), 2 * NUM_COUNTERS // columns))

@@ -19,14 +19,16 @@ from torch import Tensor
 from quire.errors import UnsupportedModelError
 from quire.execution.engine_state import MAX_POOLS
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
-from quire_build.quantization import WEIGHT_GROUP, NarrowType, quantize_in_groups
+from quire_build.quantization import Quantization
 from quire_build.tensorrt.lowering.attention import POOL
 from quire_build.tensorrt.lowering.graph import attribute
 from quire_build.tensorrt.lowering.step import STATE
-from quire_build.tensorrt.operators import OPERATORS
+from quire_build.tensorrt.operators import OPERATORS, Linear
 
 TABLES = ("cosine", "sine")
 """Weights that stay float32, whatever the model's type is."""
+LARGEST_SUM = (2**31 - 1) // 127**2
+"""Products of int8 numbers that int32 holds the sum of."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class NetworkWriter:
         weight: the checkpoint's tensors by name, in any type.
         dtype: type of weights and activations.
         kv_dtype: type of the pool, `dtype` or e4m3.
-        narrow: type of linear layers' weights, which have scales by groups of inputs; None if it is `dtype`.
+        quantization: of linear layers, the one that the model was lowered with; None for none.
         shared_bytes: shared memory that a program of a linear layer may have.
         pool: how the pool will be bound.
         max_num_seqs: rows of logits in one step, at most.
@@ -72,7 +74,7 @@ class NetworkWriter:
         *,
         dtype: torch.dtype,
         kv_dtype: torch.dtype,
-        narrow: NarrowType | None = None,
+        quantization: Quantization | None = None,
         shared_bytes: int = DEFAULT_SHARED_BYTES,
         pool: PoolLayout,
         max_num_seqs: int,
@@ -80,7 +82,7 @@ class NetworkWriter:
         import tensorrt as trt
 
         self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
-        self._dtype, self._narrow, self._shared_bytes = dtype, narrow, shared_bytes
+        self._dtype, self._quantization, self._shared_bytes = dtype, quantization, shared_bytes
         self._pool, self._kv_dtype, self._max_num_seqs = pool, kv_dtype, max_num_seqs
         self._types = {
             torch.bfloat16: trt.bfloat16,
@@ -155,21 +157,20 @@ class NetworkWriter:
         dtype = torch.float32 if name in TABLES else self._dtype
         return self._weight(name).detach().to("cpu", dtype).contiguous()
 
-    def _quantized(self, name: str, narrow: NarrowType) -> tuple[Any, Any]:
+    def _quantized(self, name: str, quantization: Quantization) -> tuple[Any, Any]:
         """A linear layer's weight [n, k] of eight bits, bound as int32 [n, k / 4]; its scales [groups, n].
 
         One of the checkpoint's tensors is quantised at a time, from its own type.
         """
         parts = self._stacks[name].input if name in self._stacks else [name]
-        quantized = [
-            quantize_in_groups(self._weight(part).detach().cpu(), narrow, self._dtype) for part in parts
-        ]
+        quantized = [quantization.weight(self._weight(part).detach().cpu(), self._dtype) for part in parts]
         values = torch.cat([part.values for part in quantized])
-        if values.shape[1] % 4:
-            raise UnsupportedModelError(
-                f"a plan of {narrow} cannot run a linear layer of {values.shape[1]} inputs, only of "
-                "multiples of 4"
-            )
+        k = values.shape[1]
+        refused = f"a plan of {quantization.narrow} cannot run a linear layer of {k} inputs"
+        if k % 4:
+            raise UnsupportedModelError(f"{refused}, only of multiples of 4")
+        if quantization.inputs and k > LARGEST_SUM:
+            raise UnsupportedModelError(f"{refused}, only of up to {LARGEST_SUM}")
         scales = torch.cat([part.scales for part in quantized]).T.contiguous()
         return self._constant(values.view(torch.int32)), self._constant(scales)
 
@@ -227,22 +228,30 @@ class NetworkWriter:
         x, weight, *others = node.input
         rows = self._tensor(x)
         tensors = [self._tensor(name) if name else rows for name in others]
-        if self._narrow is not None:
-            matrix, scales = self._quantized(weight, self._narrow)
+        # What is not there stands for the rows' numbers and scales.
+        tensors += [rows] * (len(Linear.INPUTS) - 4 - len(tensors))
+        *surroundings, narrow_rows, row_scales = tensors
+        quantization = self._quantization
+        if quantization is not None:
+            matrix, scales = self._quantized(weight, quantization)
         else:
             matrix, scales = self._tensor(weight), rows
         self._add_own(
             node,
-            [rows, matrix, *tensors, scales, self._tensors[STATE]],
+            [rows, matrix, *surroundings, scales, narrow_rows, row_scales, self._tensors[STATE]],
             normed=0,
             epsilon=0.0,
             gated=0,
             adds_residual=0,
             wide_output=0,
-            weight_group=WEIGHT_GROUP if self._narrow else 0,
-            weight_float=int(self._narrow == "fp8"),
+            weight_group=quantization.group(attribute(node, "k")) if quantization else 0,
+            weight_float=int(quantization is not None and quantization.narrow == "fp8"),
+            narrow_rows=int(quantization is not None and quantization.inputs),
             shared_bytes=self._shared_bytes,
         )
+
+    def _add_quantize(self, node: NodeProto) -> None:
+        self._add_own(node, [self._tensor(node.input[0]), self._tensors[STATE]])
 
     def _add_sample(self, node: NodeProto) -> None:
         self._add_own(node, [self._tensor(name) for name in node.input])

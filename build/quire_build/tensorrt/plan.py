@@ -22,7 +22,7 @@ from quire.execution.manifest import EngineLimits, PlanDetails
 from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, allow_shared_memory
 from quire_build.engine_builder import Progress
-from quire_build.quantization import NarrowType
+from quire_build.quantization import Quantization
 from quire_build.tensorrt.kernels.dependent_launch import ARCHITECTURE as OVERLAP_ARCHITECTURE
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.machine import this_gpu
@@ -53,7 +53,7 @@ class PlanOptions:
         kv_bytes_per_block: of all layers.
         pool_bytes: size of the pool if whoever binds the inputs gives them their largest shape, as Triton's
             backend does; 0 if the pool is bound by its address, whatever its size.
-        narrow: type of linear layers' weights, which have scales by groups of inputs; None if it is `dtype`.
+        quantization: of linear layers; None for none.
         timing_cache: file in which TensorRT keeps what it measured, read if there and written afterwards.
     """
 
@@ -63,7 +63,7 @@ class PlanOptions:
     block_size: int
     kv_bytes_per_block: int
     pool_bytes: int = 0
-    narrow: NarrowType | None = None
+    quantization: Quantization | None = None
     timing_cache: Path | None = None
 
     @property
@@ -131,9 +131,9 @@ def build_plan(
     pool = options.pool
     if gpu.architecture < FP8_ARCHITECTURE:
         capability = f"{gpu.architecture // 10}.{gpu.architecture % 10}"
-        if options.narrow == "fp8":
+        if options.quantization is not None and options.quantization.narrow == "fp8":
             raise BuildError(
-                f"precision is 'fp8', which takes compute capability 8.9 or newer; {gpu.name} has "
+                f"precision is fp8, which takes compute capability 8.9 or newer; {gpu.name} has "
                 f"{capability}: --precision int8 takes as few bytes"
             )
         if options.kv_dtype == torch.float8_e4m3fn:
@@ -144,7 +144,7 @@ def build_plan(
     # Nobody is there to raise the limit where Triton launches the kernels.
     shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else gpu.shared_bytes
     progress(f"lowering the graph for {gpu.name}")
-    lower(model)
+    lower(model, options.quantization)
     register_plugins(gpu.architecture)
     logger = TensorRTLog(trt)
     builder = trt.Builder(logger.tensorrt)
@@ -155,7 +155,7 @@ def build_plan(
         weight,
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
-        narrow=options.narrow,
+        quantization=options.quantization,
         shared_bytes=shared_bytes,
         pool=pool,
         max_num_seqs=options.limits.max_num_seqs,

@@ -38,7 +38,15 @@ REST = "rest"
 BATCHES = (1, 32, 256)
 CONTEXT = 1024
 STEPS, WARM_UP_STEPS = 20, 3
-ELEMENT_BYTES: Mapping[Precision, int] = {"float32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
+ELEMENT_BYTES: Mapping[Precision, int] = {
+    "float32": 4,
+    "bf16": 2,
+    "fp16": 2,
+    "int8": 1,
+    "fp8": 1,
+    "int8-weights": 1,
+    "fp8-weights": 1,
+}
 """Of most weights."""
 
 

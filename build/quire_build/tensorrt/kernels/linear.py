@@ -8,7 +8,9 @@ K is split; the program that finishes a tile last adds the splits up, always in 
 the engine's state.
 
 Weights of eight bits halve the stream. They are exact in the rows' type, so they are widened on their way to
-the matrix unit; the sum over a group of inputs is scaled in float32 as it goes into the accumulator.
+the matrix unit; the sum over a group of inputs is scaled in float32 as it goes into the accumulator. Where
+the rows come in eight bits as well (`kernels/quantize.py`), nothing is widened, and the matrix unit is twice
+as fast: int8 sums up in int32, exactly, and both scales come behind the product.
 """
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
@@ -165,6 +167,8 @@ def linear(
     next_norm,
     bias,
     scales,
+    narrow_x,
+    x_scales,
     engine_state,
     num_rows,
     num_splits,
@@ -181,6 +185,7 @@ def linear(
     BIAS: tl.constexpr,
     WEIGHT_GROUP: tl.constexpr,
     WEIGHT_FLOAT: tl.constexpr,
+    NARROW_ROWS: tl.constexpr,
     COUNTED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -194,6 +199,7 @@ def linear(
 
     Args:
         x: [num_rows, K]; when NORMED, rows times the norm's weight, not divided by their root mean square.
+            Not read when NARROW_ROWS.
         weight: [N, K]; when GATED [2 * N, K], the gate's rows first. With a WEIGHT_GROUP of eight bits, four
             to an int32.
         squares: float32 [num_rows, K / SQUARES_WIDTH], sums of squares of the rows before the norm's weight;
@@ -203,6 +209,8 @@ def linear(
         bias: [N], or [2 * N] when GATED; not read unless BIAS.
         scales: [ceil(K / WEIGHT_GROUP), N], twice as wide when GATED: of the weight, by groups of inputs; not
             read unless there is a WEIGHT_GROUP.
+        narrow_x: ``x`` in the weight's type, four to an int32; not read unless NARROW_ROWS.
+        x_scales: float32 [num_rows], of the rows of ``narrow_x``.
         engine_state: says how many rows the step has, and lends each tile a counter while there are splits.
         num_splits: parts of K, at most SPLITS.
         out: out, [num_rows, N]: silu(gate) * up when GATED.
@@ -210,9 +218,10 @@ def linear(
         out_squares: out when RESIDUAL, float32 [num_rows, N / SQUARES_WIDTH].
         partial: scratch, float32 [row tiles * num_splits, BLOCK_M, N], twice that when GATED; unused without
             splits.
-        WEIGHT_GROUP: inputs of a weight that share a scale, a multiple of BLOCK_K; 0 where weights have the
-            rows' type.
-        WEIGHT_FLOAT: whether weights of eight bits are floats (e4m3) and not integers.
+        WEIGHT_GROUP: inputs of a weight that share a scale: K when NARROW_ROWS, else a multiple of BLOCK_K; 0
+            where weights have the rows' type.
+        WEIGHT_FLOAT: whether numbers of eight bits are floats (e4m3) and not integers.
+        NARROW_ROWS: whether rows have eight bits, as weights then do.
         COUNTED: what a row is, for `step_size.used`. Tiles of padding alone are left out; the rows of padding
             in others are computed.
         BLOCK_N: a multiple of SQUARES_WIDTH when RESIDUAL.
@@ -251,12 +260,13 @@ def linear(
     PARTS: tl.constexpr = 2 if GATED else 1
     of_tile = tl.arange(0, PARTS * BLOCK_N)
     w_n = column * BLOCK_N + of_tile % BLOCK_N
+    SCALED_IN_GROUPS: tl.constexpr = WEIGHT_GROUP > 0 and not NARROW_ROWS
     if WEIGHT_GROUP:
-        tl.static_assert(WEIGHT_GROUP % BLOCK_K == 0)
-        if WEIGHT_FLOAT:
-            weight = weight.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
-        else:
-            weight = weight.to(tl.pointer_type(tl.int8), bitcast=True)
+        tl.static_assert(WEIGHT_GROUP == K if NARROW_ROWS else WEIGHT_GROUP % BLOCK_K == 0)
+        narrow: tl.constexpr = tl.float8e4nv if WEIGHT_FLOAT else tl.int8
+        weight = weight.to(tl.pointer_type(narrow), bitcast=True)
+        if NARROW_ROWS:
+            x = narrow_x.to(tl.pointer_type(narrow), bitcast=True)
     if OVERLAPS:
         _prefetch(weight, column * BLOCK_N, begin * BLOCK_K, min(end * BLOCK_K, K), K, N, PARTS, BLOCK_N)
         wait_for_inputs()
@@ -265,14 +275,15 @@ def linear(
         if row_tile * BLOCK_M >= used(engine_state, COUNTED, num_rows):
             return
     x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
-    if WEIGHT_GROUP:
-        scale_of_tile = scales + of_tile // BLOCK_N * N + w_n
+    scale_of_tile = scales + of_tile // BLOCK_N * N + w_n
+    if SCALED_IN_GROUPS:
         # A tile ahead, since nothing else hides how long this takes.
         group = begin * BLOCK_K // WEIGHT_GROUP
         next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
     w_tile = weight + (of_tile // BLOCK_N * N + w_n).to(tl.int64)[:, None] * K + k[None, :]
 
-    acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
+    EXACT: tl.constexpr = NARROW_ROWS and not WEIGHT_FLOAT
+    acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.int32 if EXACT else tl.float32)
     for tile in range(begin, end):
         start = tile * BLOCK_K
         x_mask = row_mask[:, None]
@@ -282,13 +293,22 @@ def linear(
             w_mask = w_mask & (start + k < K)[None, :]
         w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
         a = tl.load(x_tile + start, mask=x_mask, other=0.0)
-        if WEIGHT_GROUP:
+        if SCALED_IN_GROUPS:
             scale = next_scale.to(tl.float32)[None, :]
             group = min(start + BLOCK_K, K - 1) // WEIGHT_GROUP
             next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
             acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee") * scale
+        elif EXACT:
+            acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.int32)
+        elif NARROW_ROWS:
+            # Hopper's matrix unit keeps too few bits of sums of e4m3: they leave it after each tile.
+            acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=BLOCK_K)
         else:
             acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+    if NARROW_ROWS:
+        of_row = tl.load(x_scales + row, mask=row_mask, other=0.0)
+        of_column = tl.load(scale_of_tile, mask=w_n < N, other=0.0).to(tl.float32)
+        acc = acc.to(tl.float32) * of_row[:, None] * of_column[None, :]
 
     if SPLITS > 1:
         if splits_used > 1:

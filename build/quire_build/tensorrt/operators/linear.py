@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from quire_build.tensorrt.kernels.linear import SQUARES_WIDTH, linear
 from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
-from quire_build.tensorrt.linear_tiles import LinearTile, tiles
+from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tiles
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape
 
 
@@ -18,11 +18,13 @@ class Linear:
 
     Inputs: x [T, k]; weight [n, k], twice as many rows when ``gated``; squares float32
     [T, k / SQUARES_WIDTH], read when ``normed``; residual [T, n] and next_norm [n], read when
-    ``adds_residual``; bias, as many as weight has rows, read when ``biased``; scales; engine_state, which
-    lends counters. Where an input is not read, any will do.
+    ``adds_residual``; bias, as many as weight has rows, read when ``biased``; scales; narrow_x and x_scales;
+    engine_state, which lends counters. Where an input is not read, any will do.
     With a ``weight_group``, weight is int8, or e4m3 if ``weight_float``, bound as int32 [n, k / 4], and
     scales [ceil(k / weight_group), rows of weight] are read: one for so many inputs. 0 is a weight of the
     model's type.
+    With ``narrow_rows`` what is multiplied is not x but narrow_x int32 [T, k / 4], rows of the weight's type
+    with x_scales float32 [T], as `Quantize` makes them; ``weight_group`` is then k.
     A program may have ``shared_bytes`` of shared memory. The result is ``wide_output``, float32, where it is
     logits, whose rows are not the step's tokens.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
@@ -39,6 +41,7 @@ class Linear:
     wide_output: int
     weight_group: int
     weight_float: int
+    narrow_rows: int
     shared_bytes: int
 
     INPUTS: ClassVar[tuple[str, ...]] = (
@@ -49,13 +52,22 @@ class Linear:
         "next_norm",
         "bias",
         "scales",
+        "narrow_x",
+        "x_scales",
         "engine_state",
     )
     NUM_OUTPUTS: ClassVar[int] = 4
 
     @property
+    def operands(self) -> Operands:
+        """What the matrix unit is given."""
+        if self.narrow_rows:
+            return "fp8" if self.weight_float else "int8"
+        return "widened" if self.weight_group else "wide"
+
+    @property
     def _tiles(self) -> tuple[LinearTile, ...]:
-        return tiles(self.n, self.k, bool(self.gated), self.weight_group, self.shared_bytes)
+        return tiles(self.n, self.k, bool(self.gated), self.operands, self.shared_bytes)
 
     @property
     def num_tactics(self) -> int:
@@ -96,6 +108,8 @@ class Linear:
                 "next_norm": f"*{MODEL}",
                 "bias": f"*{MODEL}",
                 "scales": f"*{MODEL}",
+                "narrow_x": "*i32" if self.narrow_rows else f"*{MODEL}",
+                "x_scales": "*fp32",
                 "engine_state": "*i64",
                 "num_rows": "i32",
                 "num_splits": "i32",
@@ -114,6 +128,7 @@ class Linear:
                 "BIAS": bool(self.biased),
                 "WEIGHT_GROUP": self.weight_group,
                 "WEIGHT_FLOAT": bool(self.weight_float),
+                "NARROW_ROWS": bool(self.narrow_rows),
                 "COUNTED": (ROWS if self.wide_output else TOKENS).value,
                 "SPLITS": tile.splits,
                 "BLOCK_M": tile.block_m,
