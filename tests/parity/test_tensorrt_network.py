@@ -42,7 +42,7 @@ from quire.errors import UnsupportedModelError
 from quire.execution.manifest import Precision
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import PLANS
-from quire_build.tensorrt import operators
+from quire_build.tensorrt import network, operators
 from quire_build.tensorrt.builder import weight_bytes
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
@@ -316,3 +316,13 @@ def test_int8_needs_whole_words_of_a_row(model: onnx.ModelProto) -> None:
             weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     with pytest.raises(UnsupportedModelError, match="63 inputs"):
         written(other, "int8-weights")
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_int8_refuses_more_inputs_than_int32_holds_the_sum_of(
+    model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert network.LARGEST_SUM * 127**2 < 2**31 <= (network.LARGEST_SUM + 1) * 127**2
+    monkeypatch.setattr(network, "LARGEST_SUM", 72)
+    with pytest.raises(UnsupportedModelError, match="80 inputs, only of up to 72"):
+        written(model, "int8")

@@ -29,6 +29,7 @@ from quire_build.tensorrt.machine import copy_bandwidth_gb_s, this_gpu
 
 KINDS: Mapping[str, str] = {
     "Linear": "linear layers",
+    "Quantize": "quantising",
     "PagedAttend": "attention",
     "KvWrite": "KV write",
     "Sample": "sampling",
