@@ -9,6 +9,7 @@ kernels     each kernel by itself: gpu_linear.py, gpu_kernels.py, gpu_sampling.p
 hosted      the same plan hosted by Triton and in the scheduler's process, to clients that stream; the
             servers' logs are left in OUT, and where Triton can't load it, it is tried without CUDA graphs
 precision   what the numerics gate sees of each precision and of KV in fp8; 8b in those of eight bits
+kv          8b with KV in fp8, as in stage 8b
 
 A stage writes OUT/STAGE.json after every result and ends within nine minutes: what there is no time for is
 left out, and said to be. With `--reuse DIR` plans stay in that folder, 16 GB each, for the next call.
@@ -72,8 +73,6 @@ SLOWEST_TOKENS_PER_S = 4500
 PEER_FILE = Path(__file__).with_name("vllm_h200.json")
 SMALL_CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "quire-small"
 STAGE_S = 520
-KV_FP8_S = 130
-"""Seconds that a plan of 8b takes to be built, made ready and measured in decode steps."""
 SHAPE_S = 170
 """Seconds that a plan of 8b takes to be built, made ready and measured."""
 LOAD_S = 100.0
@@ -384,14 +383,7 @@ def measure_prefill(results: Results, loaded: LoadedPlan) -> None:
         results.add(prefill=num_tokens, ms=round(time_ms, 2), tokens_per_s=round(1e3 * num_tokens / time_ms))
 
 
-def measure_decode(
-    name: str,
-    results: Results,
-    loaded: LoadedPlan,
-    peer: Peer,
-    clock: Clock,
-    contexts: Sequence[int] = CONTEXTS,
-) -> None:
+def measure_decode(name: str, results: Results, loaded: LoadedPlan, peer: Peer, clock: Clock) -> None:
     manifest = loaded.engine.manifest
     config = SHAPES[name].decoder_config
     weights = RandomWeights(config, 1, DTYPES[manifest.precision])
@@ -399,7 +391,7 @@ def measure_decode(
     element_bytes = 2.0 if quantization is None else 1 + 2 / quantization.group(config.hidden_size)
     weight_bytes = weights.num_read_elements * element_bytes
     token_bytes = manifest.kv_bytes_per_block // BLOCK_SIZE
-    for context in contexts:
+    for context in CONTEXTS:
         count, sequences = sequences_that_fit(loaded, max(BATCHES), context + ROOM)
         fill(loaded.executor, sequences, count, context, LIMITS.max_num_batched_tokens)
         for batch in BATCHES:
@@ -553,10 +545,6 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
             results.add(shape=name, skipped="no time")
             continue
         check_shape(name, results, options, clock, workloads=WORKLOADS[:1])
-    if clock.left_s < KV_FP8_S:
-        results.add(shape="8b KV fp8", skipped="no time")
-    else:
-        measure_kv_fp8(results, options, clock)
     shape = SHAPES["2 layers of 8b"]
     for precision in precisions[:2]:  # eight bits want another reference
         if clock.left_s < 90:
@@ -571,15 +559,9 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
                 loaded.executor.close()
 
 
-def measure_kv_fp8(results: Results, options: argparse.Namespace, clock: Clock) -> None:
-    """Decode steps of 8b over a pool of fp8, where reading KV takes long."""
-    name = "8b KV fp8"
-    loaded = load(plan_directory(name, options, results))
-    results.add(load=name, kv_blocks=loaded.engine.pool_info.num_blocks, **loaded.seconds)
-    try:
-        measure_decode(name, results, loaded, Peer("8b", results.bandwidth_gb_s), clock, CONTEXTS[1:])
-    finally:
-        loaded.executor.close()
+def check_kv(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
+    """8b over a pool of fp8, with the requests that read most of it."""
+    check_shape("8b KV fp8", results, options, clock, workloads=WORKLOADS[2:])
 
 
 STAGES: dict[str, Callable[[CheckedResults, argparse.Namespace, Clock], None]] = {
@@ -589,6 +571,7 @@ STAGES: dict[str, Callable[[CheckedResults, argparse.Namespace, Clock], None]] =
     "7b": check_7b,
     "hosted": check_hosted,
     "precision": check_precision,
+    "kv": check_kv,
 }
 
 

@@ -44,7 +44,13 @@ def test_brackets_in_an_error_are_not_taken_for_markup(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["serve"], ["serve", "x", "--kv-cache-bytes", "lots"], ["serve", "x", "--grpc-port", "0"], ["nope"]],
+    [
+        ["build", "x", "--output", "y", "--kv-cache-dtype", "int8"],
+        ["serve"],
+        ["serve", "x", "--kv-cache-bytes", "lots"],
+        ["serve", "x", "--grpc-port", "0"],
+        ["nope"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2

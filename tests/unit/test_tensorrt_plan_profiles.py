@@ -6,15 +6,20 @@ import dataclasses
 import itertools
 from typing import Any
 
+import onnx
 import pytest
 import torch
 
 from quire.errors import BuildError
 from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES
 from quire.execution.manifest import EngineLimits
+from quire_build.quantization import PLANS
+from quire_build.tensorrt import plan
+from quire_build.tensorrt.machine import Gpu
 from quire_build.tensorrt.plan import (
     LARGEST_TENSOR,
     PlanOptions,
+    build_plan,
     profile_ranges,
     step_shapes,
     step_sizes,
@@ -99,6 +104,30 @@ def test_a_pool_of_the_smallest_blocks_has_no_more_of_them_than_slots_have_numbe
     smallest = dataclasses.replace(options(MAX_POOLS << 34), kv_bytes_per_block=512)
     assert smallest.pool.max_blocks * smallest.block_size <= 2**31 - 1
     assert smallest.pool.max_blocks < smallest.pool_bytes // smallest.kv_bytes_per_block
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"kv_dtype": torch.float8_e4m3fn},
+            "kv_cache_dtype is 'fp8', .* 8.9 .* has 8.0: --kv-cache-dtype auto",
+        ),
+        ({"quantization": PLANS["fp8"]}, "precision is fp8, .* 8.9 .* has 8.0: --precision int8"),
+    ],
+)
+def test_e4m3_is_refused_where_a_gpu_has_none(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], named: str
+) -> None:
+    def untouched(*_: object) -> None:
+        raise AssertionError("it got as far as building")
+
+    monkeypatch.setattr(plan, "tensorrt_module", lambda: None)
+    monkeypatch.setattr(plan, "this_gpu", lambda: Gpu("an A100", 80, 80 << 30, 163 << 10))
+    monkeypatch.setattr(plan, "lower", untouched)
+    wanted = dataclasses.replace(options(0), **changes)
+    with pytest.raises(BuildError, match=named):
+        build_plan(onnx.ModelProto(), untouched, wanted)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [((1, 16), 16), ((65, 256), 100), ((257, 2048), 100)])
