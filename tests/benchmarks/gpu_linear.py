@@ -10,7 +10,7 @@ most promising are measured first, and what the time does not suffice for is lef
 what came out of this.
 """
 
-# mypy: disable-error-code="no-untyped-call"
+# mypy: disable-error-code="import-untyped,no-untyped-call"
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from gpu_timing import Results, graph_time_ms
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from quire.execution.engine_state import NUM_COUNTERS, engine_state_elements
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import PLANS, Quantization, quantize_weights, rotated
 from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tiles
-from quire_build.tensorrt.machine import this_gpu
+from quire_build.tensorrt.machine import Gpu, this_gpu
 from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic, Quantize
 
 HIDDEN, FFN, VOCABULARY = 4096, 14336, 128256
@@ -43,6 +44,7 @@ WEIGHT_BYTES = 600 << 20
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
     "weight_group": 0, "weight_float": 0, "narrow_rows": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
+    "multiprocessors": 1,
 }  # fmt: skip
 KINDS = {
     "qkv": Linear(k=HIDDEN, n=6144, **(PLAIN | {"normed": 1})),
@@ -88,6 +90,16 @@ SHAPES: dict[Operands, tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...],
     "int8": (NARROW_PLAIN, NARROW_GATED),
     "fp8": (NARROW_PLAIN, NARROW_GATED),
 }
+TMA_PLAIN = ((128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 6))
+TMA_GATED = ((128, 64, 128, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 6))
+TMA_NARROW_PLAIN = ((128, 128, 128, 8, 4), (128, 128, 256, 8, 3), (128, 256, 128, 8, 3), (64, 128, 128, 4, 6))
+TMA_NARROW_GATED = ((128, 64, 256, 8, 3), (128, 128, 128, 8, 3), (64, 64, 128, 4, 6))
+TMA_SHAPES = {
+    "wide": (TMA_PLAIN, TMA_GATED),
+    "int8": (TMA_NARROW_PLAIN, TMA_NARROW_GATED),
+    "fp8": (TMA_NARROW_PLAIN, TMA_NARROW_GATED),
+}
+"""The same for tiles that the tensor memory accelerator moves, where the GPU has one."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,10 @@ def candidates(layer: Linear) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
     found = list(tiles(layer.n, layer.k, bool(layer.gated), layer.operands, layer.shared_bytes))
     plain, gated = SHAPES[layer.operands]
-    shapes = [astuple(tile)[1:] for tile in found] + list(gated if layer.gated else plain)
+    in_use = [(t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages) for t in found if not t.tma]
+    if any(tile.tma for tile in found):
+        found += [LinearTile(1, *shape, tma=True) for shape in TMA_SHAPES[layer.operands][layer.gated]]
+    shapes = in_use + list(gated if layer.gated else plain)
     for programs in PROGRAMS:
         for shape in shapes:
             block_m, block_n, block_k, _, _ = shape
@@ -139,9 +154,10 @@ def suited(usable: Iterable[LinearTile], rows: int, operands: Operands) -> list[
     # Hopper's instructions for 64 rows multiply e4m3, those for 16 half precision.
     fewest_of_64 = 1 if operands == "fp8" else 32
     ranges = {16: (1, 32), 32: (17, 64), 64: (fewest_of_64, 256), 128: (65, 8192), 256: (129, 8192)}
+    tma_ranges = {64: (33, 8192), 128: (65, 8192), 256: (257, 8192)}
     found: dict[LinearTile, LinearTile] = {}
     for tile in usable:
-        fewest, most = ranges[tile.block_m]
+        fewest, most = (tma_ranges if tile.tma else ranges)[tile.block_m]
         if fewest <= rows <= most:
             splits = max(1, tile.splits // -(-rows // tile.block_m))
             found.setdefault(replace(tile, splits=splits), tile)
@@ -176,23 +192,23 @@ def launchable(pool: ProcessPoolExecutor, variants: Sequence[Variant]) -> list[V
 class Bench:
     """Layers of every kind with weights, and room for what they read and write besides."""
 
-    def __init__(self, quantization: Quantization | None, shared_bytes: int) -> None:
+    def __init__(self, quantization: Quantization | None, gpu: Gpu) -> None:
         self._quantization = quantization
-        self.layers = {kind: self._layer(layer, shared_bytes) for kind, layer in KINDS.items()}
+        self.layers = {kind: self._layer(layer, gpu) for kind, layer in KINDS.items()}
         self.state = torch.zeros(engine_state_elements(256), dtype=torch.int64, device="cuda")
         self.weights = {kind: self._weights(layer) for kind, layer in self.layers.items()}
         self._scratch = torch.empty(1, device="cuda")
 
-    def _layer(self, layer: Linear, shared_bytes: int) -> Linear:
+    def _layer(self, layer: Linear, gpu: Gpu) -> Linear:
+        layer = replace(layer, shared_bytes=gpu.shared_bytes, multiprocessors=gpu.multiprocessors)
         quantization = self._quantization
         if quantization is None:
-            return replace(layer, shared_bytes=shared_bytes)
+            return layer
         return replace(
             layer,
             weight_group=quantization.group(layer.k),
             weight_float=int(quantization.narrow == "fp8"),
             narrow_rows=int(quantization.inputs),
-            shared_bytes=shared_bytes,
         )
 
     def _weights(self, layer: Linear) -> list[Weight]:
@@ -210,9 +226,9 @@ class Bench:
         return Weight(narrow.values.view(torch.int32), narrow.scales.T.contiguous(), wide)
 
     def inputs(self, layer: Linear, rows: int) -> dict[str, Tensor]:
-        """What a layer reads beside its weight."""
+        """What a layer reads beside its weight, of the types that `compile_variant` has compiled for."""
         x = torch.randn(rows, layer.k, dtype=torch.bfloat16, device="cuda")
-        narrow, x_scales = x, x
+        narrow, x_scales = x, torch.empty(rows, device="cuda")
         if layer.narrow_rows:
             quantized = quantize_weights(x, "fp8" if layer.weight_float else "int8")
             narrow, x_scales = quantized.values.view(torch.int32), quantized.scales
@@ -248,13 +264,13 @@ class Bench:
         wanted = tile.splits * tile.block_m * layer.n * (1 + layer.gated)
         if self._scratch.numel() < wanted:
             self._scratch = torch.empty(wanted, device="cuda")
-        arguments = [
+        read = [
             x, weight.operand, inputs["squares"], inputs["residual"], inputs["next_norm"], x, weight.scales,
-            inputs["narrow_x"], inputs["x_scales"], self.state, *launch.integers, *outputs, self._scratch,
+            inputs["narrow_x"], inputs["x_scales"], self.state,
         ]  # fmt: skip
         return functools.partial(
             launch.kernel[launch.grid],
-            *arguments,
+            *launch.arguments(read, [*outputs, self._scratch]),
             **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
@@ -360,7 +376,7 @@ def measure_quantizing(results: Results, bench: Bench, quantization: Quantizatio
             launch = layer.launch(shapes, PlainArithmetic())
             run = functools.partial(
                 launch.kernel[launch.grid],
-                *(x, bench.state, *launch.integers, numbers, scales),
+                *launch.arguments((x, bench.state), (numbers, scales)),
                 **launch.constants,
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
@@ -383,8 +399,12 @@ def main() -> None:
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     results = Results(options.output)
-    shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else this_gpu().shared_bytes
-    bench = Bench(PLANS.get(options.precision), shared_bytes)
+    gpu = this_gpu()
+    if options.hosted:
+        gpu = replace(gpu, shared_bytes=DEFAULT_SHARED_BYTES)
+    bench = Bench(PLANS.get(options.precision), gpu)
+    # For descriptors of tensors; in a plan an output of the operator is there for them.
+    triton.set_allocator(lambda size, _alignment, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     processors = max(1, (os.cpu_count() or 2) - 1)
     with ProcessPoolExecutor(processors, mp_context=multiprocessing.get_context("spawn")) as pool:
         if options.precision and PLANS[options.precision].inputs:

@@ -25,15 +25,17 @@ from quire.execution.engine_state import (
 )
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import quantize_in_groups, quantize_weights
+from quire_build.tensorrt.kernels.linear_tma import linear_tma
 from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
 from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tile_bytes, tiles
-from quire_build.tensorrt.operators import Linear, PlainArithmetic
+from quire_build.tensorrt.operators import MODEL, Linear, PlainArithmetic
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 PLAIN: dict[str, Any] = {
     "normed": 0, "epsilon": 1e-5, "gated": 0, "adds_residual": 0, "biased": 0, "wide_output": 0,
     "weight_group": 0, "weight_float": 0, "narrow_rows": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
+    "multiprocessors": 3,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "normed": {"normed": 1, "biased": 1},
@@ -48,6 +50,12 @@ TILES = (
     LinearTile(splits=1, block_m=64, block_n=256, block_k=64, num_warps=8, num_stages=3),
 )
 """Split into many and few, and finished by halves; none of them fits the layers below."""
+TMA_TILES = (
+    LinearTile(splits=1, block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3, tma=True),
+    LinearTile(splits=1, block_m=32, block_n=64, block_k=64, num_warps=4, num_stages=3, tma=True),
+)
+"""So small that programs have many; no layer below is a multiple of the second."""
+OF_16_ROWS = pytest.mark.parametrize("tile", [TILES[0], TMA_TILES[0]], ids=["", "tma"])
 
 
 def quantized(weight: torch.Tensor, layer: Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,6 +90,7 @@ def check(
 
     Rows from `computed` on are padding that has to be left as it was; their input is garbage.
     """
+    computed = rows if computed is None else computed
     generator = torch.Generator().manual_seed(rows)
     n, k = layer.n, layer.k
     x, weight = random(generator, rows, k), random(generator, n * (1 + layer.gated), k)
@@ -93,19 +102,18 @@ def check(
         operand, scales, weight = quantized(weight, layer)
     if layer.narrow_rows:
         narrow_x, x_scales, wide = quantized_rows(x, layer)
-    if computed is not None:
-        x[computed:] = math.nan
-        x_scales[computed:] = math.nan
+    x[computed:] = math.nan
+    x_scales[computed:] = math.nan
     inputs = [x, operand, squares, residual, gain, bias, scales, narrow_x, x_scales, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
     outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
     outputs[3] = torch.full((tile.splits * tile.block_m * n * (1 + layer.gated),), math.nan)
     launch = layer.launch_in(tile, shapes, PlainArithmetic())
-    launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+    launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
 
     for output in outputs[: 1 + 2 * layer.adds_residual]:
-        assert output[computed or rows :].isnan().all(), "a tile of padding was written"
-    outputs, rows = [output[:computed] for output in outputs], computed or rows
+        assert output[computed:].isnan().all(), "a tile of padding was written"
+    outputs, rows = [output[:computed] for output in outputs], computed
     x, wide, residual = x[:rows], wide[:rows], residual[:rows]
     expected = wide @ weight.T
     if layer.normed:
@@ -118,7 +126,7 @@ def check(
     if layer.adds_residual:
         expected += residual
         torch.testing.assert_close(outputs[1], expected * gain, atol=1e-3, rtol=1e-4)
-        sums = expected.square().view(rows, -1, 32).sum(-1)
+        sums = expected.square().view(rows, n // 32, 32).sum(-1)
         torch.testing.assert_close(outputs[2], sums, atol=1e-2, rtol=1e-4)
     torch.testing.assert_close(outputs[0], expected, atol=1e-3, rtol=1e-4)
 
@@ -150,8 +158,36 @@ def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, eigh
         assert not state.any(), f"{tile} left a counter behind"
 
 
+@pytest.mark.parametrize("eight_bits", ["", *NARROW[1:]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_accelerator_moves_tiles_of_many_rows(kind: str, eight_bits: str) -> None:
+    """Several to a program; the last column cuts what is finished whole and what is finished by halves."""
+    layer = Linear(k=160, n=288, **(PLAIN | KINDS[kind] | EIGHT_BITS[eight_bits]))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    own = tiles(layer.n, layer.k, bool(layer.gated), layer.operands, HOPPER_SHARED_BYTES)
+    moved = [tile for tile in own if tile.tma]
+    assert moved
+    for tile in moved:
+        check(layer, 300, tile, state)
+
+
+@pytest.mark.parametrize("eight_bits", ["", *NARROW[1:]])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("multiprocessors", [3, 4])
+def test_programs_take_tiles_in_turn(multiprocessors: int, kind: str, eight_bits: str) -> None:
+    """Those of 16 rows are 2 to 38: a program has none, or others rows with each, or the same twice."""
+    own = {"multiprocessors": multiprocessors}
+    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | EIGHT_BITS[eight_bits] | own))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    for tile, rows in itertools.product(TMA_TILES, (1, 17, 70, 300)):
+        check(layer, rows, tile, state)
+    assert not state.any()
+
+
 @pytest.mark.parametrize("eight_bits", NARROW[1:])
-@pytest.mark.parametrize("tile", TILES[:2], ids=lambda tile: f"{tile.splits}x{tile.block_m}")
+@pytest.mark.parametrize(
+    "tile", [*TILES[:2], TMA_TILES[1]], ids=lambda tile: f"{tile.splits}x{tile.block_m}" + "-tma" * tile.tma
+)
 def test_rows_of_eight_bits_have_padding_behind_them_too(eight_bits: str, tile: LinearTile) -> None:
     layer = Linear(k=160, n=96, **(PLAIN | KINDS["residual"] | EIGHT_BITS[eight_bits]))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
@@ -177,56 +213,63 @@ def test_rows_of_eight_bits_need_not_fill_a_tile(k: int) -> None:
     for tactic in range(layer.num_tactics):
         outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
         launch = layer.launch(shapes, PlainArithmetic(), tactic)
-        launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+        launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
         assert torch.equal(outputs[0], values.float() @ weight.float().T)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.splits}x{tile.block_m}")
+@pytest.mark.parametrize(
+    "tile", [*TILES, *TMA_TILES], ids=lambda tile: f"{tile.splits}x{tile.block_m}" + "-tma" * tile.tma
+)
 def test_tiles_of_padding_are_left_alone(kind: str, tile: LinearTile) -> None:
     layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind]))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    for used, row_tiles in ((0, 1), (1, 1), (tile.block_m, 1), (tile.block_m + 1, 2)):
+    # The first tile does not wait for the number of rows, but where one program computes many.
+    for used, row_tiles in ((0, 1 - tile.tma), (1, 1), (tile.block_m, 1), (tile.block_m + 1, 2)):
         note(state, tokens=used, rows=1000)
         check(layer, 2 * tile.block_m + 3, tile, state, row_tiles * tile.block_m)
         assert not state.view(torch.int32)[COUNTERS_BYTE // 4 :].any(), "a counter was left behind"
 
 
-def test_tiles_of_padding_are_left_alone_among_many() -> None:
+@OF_16_ROWS
+def test_tiles_of_padding_are_left_alone_among_many(tile: LinearTile) -> None:
     """So many that they go through the columns in groups, the last of which is cut."""
     layer = Linear(k=64, n=64, **PLAIN)
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     for used in (16, 130, 17 * 16):
         note(state, tokens=used, rows=0)
-        check(layer, 290, TILES[0], state, -(-used // 16) * 16)
+        check(layer, 290, tile, state, -(-used // 16) * 16)
 
 
-def test_the_rows_of_logits_are_not_the_tokens() -> None:
+@OF_16_ROWS
+def test_the_rows_of_logits_are_not_the_tokens(tile: LinearTile) -> None:
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     for wide_output, computed in ((0, 48), (1, 16)):
         layer = Linear(k=64, n=64, **(PLAIN | {"wide_output": wide_output}))
         note(state, tokens=40, rows=9)
-        check(layer, 70, TILES[0], state, computed)
+        check(layer, 70, tile, state, computed)
 
 
-def test_all_rows_are_computed_where_no_step_has_said_how_many_there_are() -> None:
+@OF_16_ROWS
+def test_all_rows_are_computed_where_no_step_has_said_how_many_there_are(tile: LinearTile) -> None:
     """TensorRT times kernels in memory that holds anything; a count above all rows is all as well."""
     layer = Linear(k=64, n=64, **PLAIN)
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    check(layer, 70, TILES[0], state)
+    check(layer, 70, tile, state)
     for mark in (0, 1, -1, STEP_MARK - 1, -STEP_MARK):
         note(state, tokens=3, rows=3, mark=mark)
-        check(layer, 70, TILES[0], state)
+        check(layer, 70, tile, state)
     for tokens in (70, 71, 2**31 - 1):
         note(state, tokens=tokens, rows=3)
-        check(layer, 70, TILES[0], state)
+        check(layer, 70, tile, state)
 
 
-def test_a_count_below_zero_is_none() -> None:
+@OF_16_ROWS
+def test_a_count_below_zero_is_none(tile: LinearTile) -> None:
     layer = Linear(k=64, n=64, **PLAIN)
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     note(state, tokens=2**32 - 5, rows=3)
-    check(layer, 70, TILES[0], state, 16)
+    check(layer, 70, tile, state, 0 if tile.tma else 16)
 
 
 def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
@@ -240,7 +283,7 @@ def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
     for tactic in range(layer.num_tactics):
         outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
         launch = layer.launch(shapes, PlainArithmetic(), tactic)
-        launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+        launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
         torch.testing.assert_close(outputs[0], torch.nn.functional.silu(gate) * up, atol=1e-3, rtol=1e-4)
 
 
@@ -256,13 +299,10 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
     shapes = [tuple(tensor.shape) for tensor in inputs]
     expected = x.float() @ narrow.dequantized().T
     for tactic in range(layer.num_tactics):
-        types = (torch.float16, torch.float16, torch.float32, torch.float32)
-        outputs = [
-            torch.full(shape, math.nan, dtype=dtype)
-            for (shape, _), dtype in zip(layer.outputs(shapes), types, strict=True)
-        ]
+        types = {MODEL: torch.float16, "fp32": torch.float32, "i32": torch.int32}
+        outputs = [torch.full(shape, math.nan).to(types[element]) for shape, element in layer.outputs(shapes)]
         launch = layer.launch(shapes, PlainArithmetic(), tactic)
-        launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+        launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
         torch.testing.assert_close(outputs[0].float(), expected, atol=1e-3, rtol=2**-11)
 
 
@@ -294,7 +334,7 @@ def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, operands: Op
         for tile in tiles(4096, 4096, gated, operands, shared_bytes):
             shape = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
             wanted.append(tile_bytes(shape, gated, operands))
-            rows.append(tile.block_m)
+            rows.append((tile.tma, tile.block_m))
         assert max(wanted) <= shared_bytes
         assert rows == sorted(rows)
         return max(wanted)
@@ -306,6 +346,22 @@ def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, operands: Op
         assert most(shared_bytes) <= DEFAULT_SHARED_BYTES
     default = tiles(4096, 4096, gated, operands)
     assert default == tiles(4096, 4096, gated, operands, DEFAULT_SHARED_BYTES)
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_the_accelerator_moves_whole_rows_of_16_bytes_on_hopper(gated: bool, operands: Operands) -> None:
+    def moved(k: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> list[LinearTile]:
+        return [tile for tile in tiles(4096, k, gated, operands, shared_bytes) if tile.tma]
+
+    unit = 8 if operands == "wide" else 16
+    assert bool(moved(4096)) == (operands != "widened")
+    assert moved(4096 + unit) == moved(5 * unit) == moved(4096)
+    assert all(tile.splits == 1 for tile in moved(4096))
+    for k in (4096 + unit // 2, 4096 + unit - 1, unit // 2):
+        assert not moved(k)
+    for shared_bytes in (DEFAULT_SHARED_BYTES, 99 * 1024, 163 * 1024):
+        assert not moved(4096, shared_bytes)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +376,14 @@ def test_scratch_and_counters_hold_every_launch(
     layer = Linear(k=k, n=n, **(PLAIN | kind))
     for rows in (1, 16, 17, 64, 65, 128, 1000, 8192):
         shapes = [(rows, k), (n * (1 + gated), k)]
-        ((scratch,), _) = layer.outputs(shapes)[3]
+        ((scratch,), _), ((descriptors,), _) = layer.outputs(shapes)[3:]
         for tactic in range(layer.num_tactics):
             launch = layer.launch(shapes, PlainArithmetic(), tactic)
+            assert math.prod(launch.grid) * launch.language_scratch_bytes <= 4 * descriptors
+            if launch.kernel is linear_tma:
+                assert launch.grid == (launch.constants["PROGRAMS"],) == (layer.multiprocessors,)
+                assert launch.language_scratch_bytes
+                continue
             columns, row_tiles, splits = launch.grid
             block_m = launch.constants["BLOCK_M"]
             assert row_tiles * block_m >= rows and columns * launch.constants["BLOCK_N"] >= n
@@ -340,9 +401,8 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
     outputs = [torch.zeros(1, 32), x, x, torch.zeros(2, 16, 32)]
     tile = LinearTile(splits=2, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3)
     launch = layer.launch_in(tile, [x.shape, weight.shape], PlainArithmetic())
-    launch.kernel[(1, 1, 1)](
-        x, weight, x, x, x, x, x, x, x, state, *launch.integers, *outputs, **launch.constants
-    )  # fmt: skip
+    inputs = [x, weight, x, x, x, x, x, x, x, state]
+    launch.kernel[(1, 1, 1)](*launch.arguments(inputs, outputs), **launch.constants)
     assert state.view(torch.int32).nonzero().flatten().tolist() == [COUNTERS_BYTE // 4]
 
 
@@ -356,7 +416,8 @@ from quire_build.tensorrt.linear_tiles import tile_bytes
 from quire_build.tensorrt.operators import Linear, PlainArithmetic
 
 eight_bits = dict(weight_group=0, weight_float=0, narrow_rows=0)
-flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1, shared_bytes=48 * 1024, **eight_bits)
+gpu = dict(shared_bytes=48 * 1024, multiprocessors=132)
+flags = dict(k=4096, n=14336, epsilon=1e-5, normed=1, biased=1, **gpu, **eight_bits)
 plain = Linear(gated=0, adds_residual=1, wide_output=0, **flags)
 gated = Linear(gated=1, adds_residual=0, wide_output=0, **flags)
 wide = Linear(gated=0, adds_residual=0, wide_output=1, **flags)
@@ -380,21 +441,34 @@ cases += [(89, fp8, tactic) for tactic in (1, 4)]
 for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
     launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer._tiles[tactic]
     assert launch.max_shared_bytes == layer.shared_bytes
+    types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
+    assert list(types) == launch.kernel.arg_names[: len(types)]
     compiled = compile_kernel(
-        launch.kernel,
-        {name: kind.replace("model", "bf16") for name, kind in launch.types.items()},
-        launch.constants, arch=arch, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        max_shared_bytes=launch.max_shared_bytes,
+        launch.kernel, types, launch.constants, arch=arch,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        max_shared_bytes=launch.max_shared_bytes, language_scratch_bytes=launch.language_scratch_bytes,
     )
-    print(arch, layer.n, tile, compiled.shared_bytes)
+    print(arch, layer.n, tile, compiled.shared_bytes, compiled.language_scratch_bytes, flush=True)
     if arch == 90:
         shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
-        assert compiled.shared_bytes <= tile_bytes(shape, bool(layer.gated), layer.operands)
+        barriers = 8 * tile.num_stages if tile.tma else 0
+        assert compiled.shared_bytes <= tile_bytes(shape, bool(layer.gated), layer.operands) + barriers
     assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
-    assert "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
+    assert compiled.language_scratch_bytes == launch.language_scratch_bytes
+    assert ("cp.async.bulk.tensor" in compiled.ptx) == tile.tma
+    assert tile.tma or "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
     if arch == 90 and launch.constants["BLOCK_M"] >= 64:
         numbers = {"int8": ".s32.s8.s8", "fp8": ".f32.e4m3.e4m3"}.get(layer.operands, ".f32.bf16.bf16")
         assert re.search("wgmma.*" + re.escape(numbers), compiled.ptx), "numbers are widened"
+    if tile.tma and tile.block_n == 64:
+        try:
+            compile_kernel(
+                launch.kernel, types, launch.constants, arch=arch, num_warps=launch.num_warps,
+                num_stages=launch.num_stages, max_shared_bytes=launch.max_shared_bytes,
+                language_scratch_bytes=launch.language_scratch_bytes - 1,
+            )
+        except ValueError as error:
+            print("refused:", error)
 """
 
 
@@ -415,3 +489,8 @@ def test_tiles_compile_for_ampere_ada_and_hopper(tmp_path: Path) -> None:
         )
     for done, (output, _) in [(process, process.communicate()) for process in running]:
         assert done.returncode == 0, output
+        refusals = [line for line in output.splitlines() if line.startswith("refused:")]
+        assert refusals
+        for refusal in refusals:
+            assert refusal.startswith("refused: kernel linear_tma wants 256 bytes of scratch memory ")
+            assert refusal.endswith("gives it 255")

@@ -92,7 +92,7 @@ def run_node(
     """Run one of our operators on float32; `inputs` are the node's, and what a plan adds to them."""
     flags = {
         "normed": 0, "epsilon": 0.0, "gated": 0, "adds_residual": 0, "wide_output": 0, "weight_group": 0,
-        "weight_float": 0, "narrow_rows": 0, "shared_bytes": DEFAULT_SHARED_BYTES,
+        "weight_float": 0, "narrow_rows": 0, "shared_bytes": DEFAULT_SHARED_BYTES, "multiprocessors": 3,
     }  # fmt: skip
     values = flags | POOL_OF_ONE | attributes
     # The evaluator hands in numpy scalars.

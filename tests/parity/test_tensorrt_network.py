@@ -179,6 +179,7 @@ def written(
         kv_dtype=kv_dtype,
         quantization=PLANS.get(precision),
         shared_bytes=shared_bytes,
+        multiprocessors=3,
         pool=pool,
         max_num_seqs=8,
     )
@@ -213,12 +214,12 @@ def test_padding_changes_no_logits_and_samples_nothing(model: onnx.ModelProto, p
 
 
 @pytest.mark.parametrize("shared_bytes", [DEFAULT_SHARED_BYTES, 227 * 1024])
-def test_linear_layers_know_how_much_shared_memory_there_is_and_which_of_them_makes_logits(
+def test_linear_layers_know_the_gpu_and_which_of_them_makes_logits(
     model: onnx.ModelProto, tensorrt: list[operators.Operator], shared_bytes: int
 ) -> None:
     written(model, shared_bytes=shared_bytes)
     layers = [operator for operator in tensorrt if isinstance(operator, operators.Linear)]
-    assert {layer.shared_bytes for layer in layers} == {shared_bytes}
+    assert {(layer.shared_bytes, layer.multiprocessors) for layer in layers} == {(shared_bytes, 3)}
     assert [layer.wide_output for layer in layers] == [0] * (len(layers) - 1) + [1]
 
 

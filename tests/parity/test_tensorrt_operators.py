@@ -52,7 +52,7 @@ def run(operator: Operator, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor
             torch.full(shape, -7 if integer else math.nan, dtype=torch.int32 if integer else torch.float32)
         )
     launch = operator.launch(shapes, PlainArithmetic())
-    launch.kernel[launch.grid](*inputs, *launch.integers, *outputs, **launch.constants)
+    launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
     return outputs
 
 

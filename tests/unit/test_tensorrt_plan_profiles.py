@@ -47,7 +47,7 @@ def test_a_step_of_any_size_fits_exactly_one_profile(most: int) -> None:
     for tokens in range(1, most + 1):
         assert sum(fewest <= tokens <= largest for fewest, largest in ranges) == 1
     assert ranges[-1][1] == most
-    assert len(ranges) <= 6
+    assert len(ranges) <= 7
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_e4m3_is_refused_where_a_gpu_has_none(
         raise AssertionError("it got as far as building")
 
     monkeypatch.setattr(plan, "tensorrt_module", lambda: None)
-    monkeypatch.setattr(plan, "this_gpu", lambda: Gpu("an A100", 80, 80 << 30, 163 << 10))
+    monkeypatch.setattr(plan, "this_gpu", lambda: Gpu("an A100", 80, 80 << 30, 163 << 10, 108))
     monkeypatch.setattr(plan, "lower", untouched)
     wanted = dataclasses.replace(options(0), **changes)
     with pytest.raises(BuildError, match=named):
