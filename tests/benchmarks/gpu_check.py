@@ -8,7 +8,8 @@ kernels     each kernel by itself: gpu_linear.py, gpu_kernels.py, gpu_sampling.p
 8b, 7b      decode steps, prompts and whole requests at that shape with random weights, beside vLLM's figures
 hosted      the same plan hosted by Triton and in the scheduler's process, to clients that stream; the
             servers' logs are left in OUT, and where Triton can't load it, it is tried without CUDA graphs
-precision   what the numerics gate sees of each precision and of KV in fp8; 8b in those of eight bits
+precision   what the numerics gate sees of each precision and of KV in fp8
+narrow      8b with weights and activations of int8 and of fp8, as in stage 8b
 kv          8b with KV in fp8, as in stage 8b
 
 A stage writes OUT/STAGE.json after every result and ends within nine minutes: what there is no time for is
@@ -66,7 +67,7 @@ ROOM = 64
 """Tokens that a sequence may grow by while decode steps are timed."""
 ROUNDING = 0.1
 """Most that a logit may differ by between two ways of one step; their standard deviation is 1.3."""
-WORKLOADS = ((1024, 128, 128, 1024), (1024, 128, 128, 256), (768, 1000, 1000, 256))
+WORKLOADS = ((1024, 128, 128, 1024), (1024, 128, 128, 256), (768, 1000, 1000, 384))
 """Requests, tokens of their prompts and of their outputs, and how many may run at a time."""
 SLOWEST_TOKENS_PER_S = 4500
 """Below it a workload may outlast the stage."""
@@ -514,8 +515,7 @@ def measure_alone(results: Results, plan: Path) -> None:
 
 
 def check_precision(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
-    """The project's own checkpoint through the whole build, then 8b in int8 and fp8, and two layers of 8b's
-    shape against float32 weights."""
+    """The project's own checkpoint through the whole build, then two layers of 8b's shape against float32."""
     from quire_build.pipeline import build  # needs tritonclient
 
     precisions: tuple[Precision, ...] = ("bf16", "fp16", *PLANS)
@@ -540,11 +540,6 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
             kv_cache_dtype=kv_cache_dtype,
             **msgspec.to_builtins(gate),
         )
-    for name in ("8b int8", "8b fp8"):
-        if clock.left_s < SHAPE_S:
-            results.add(shape=name, skipped="no time")
-            continue
-        check_shape(name, results, options, clock, workloads=WORKLOADS[:1])
     shape = SHAPES["2 layers of 8b"]
     for precision in precisions[:2]:  # eight bits want another reference
         if clock.left_s < 90:
@@ -559,6 +554,15 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
                 loaded.executor.close()
 
 
+def check_narrow(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
+    """8b with weights and activations of eight bits."""
+    for name in ("8b int8", "8b fp8"):
+        if clock.left_s < SHAPE_S:
+            results.add(shape=name, skipped="no time")
+            continue
+        check_shape(name, results, options, clock, workloads=WORKLOADS[:1])
+
+
 def check_kv(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
     """8b over a pool of fp8, with the requests that read most of it."""
     check_shape("8b KV fp8", results, options, clock, workloads=WORKLOADS[2:])
@@ -571,6 +575,7 @@ STAGES: dict[str, Callable[[CheckedResults, argparse.Namespace, Clock], None]] =
     "7b": check_7b,
     "hosted": check_hosted,
     "precision": check_precision,
+    "narrow": check_narrow,
     "kv": check_kv,
 }
 

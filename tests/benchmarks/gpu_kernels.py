@@ -47,14 +47,14 @@ READ_BYTES = 256 << 20
 MOST_LAUNCHES = 128
 SPARED_BYTES = 12 << 30
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"FEW_KEYS": 32, "FEW_STAGES": 3},
+    {"FEW_KEYS": 64, "FEW_STAGES": 2},
     {"max_registers": None},
     {"MIN_SPLIT": 64},
     {"MIN_SPLIT": 256},
     {"MIN_SPLIT": 512},
     {"PROGRAMS_WANTED": 528},
     {"PROGRAMS_WANTED": 132},
-    {"LONG_SPLIT": 512},
+    {"LONG_SPLIT": 1024},
     {"LONG_SPLIT": 1 << 20},
     {"num_warps": 8},
     {"ROW_KEYS": 16, "ROW_STAGES": 3},
@@ -62,10 +62,10 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 """Constants of the kernel, fields of its launch, and the operator's wish for programs."""
 FP8_SETTINGS: tuple[dict[str, Any], ...] = (
-    {"FEW_KEYS": 128},
+    {"FEW_KEYS": 32, "FEW_STAGES": 3},
     {"FEW_STAGES": 3},
+    {"FEW_KEYS": 128},
     {"ROW_KEYS": 64},
-    {"MIN_SPLIT": 256},
 )
 """Likewise, over a pool of e4m3."""
 
@@ -161,9 +161,7 @@ def prepare(
 
     def run() -> object:
         return launch.kernel[launch.grid](
-            *inputs,
-            *launch.integers,
-            *outputs,
+            *launch.arguments(inputs, outputs),
             **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,

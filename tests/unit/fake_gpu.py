@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,6 @@ DETAILS = PlanDetails(
     profiles=((1, 4), (5, 16), (17, 200)),
     step_sizes=(1, 2, 4, 8, 12, 16, 32, 64, 200),
     kernel_shared_bytes=227 * 1024,
-    overlapping_kernels=("linear",),
     gpu_architecture=90,
     gpu_name="Fake H100",
 )
@@ -115,8 +114,6 @@ class FakeDevice:
         """What `allow_shared_memory` was asked for."""
         self.shared_bytes = DEFAULT_SHARED_BYTES
         """What kernels that are queued now may have."""
-        self.overlapping: list[tuple[str, ...]] = []
-        """Kernels that may start early, for each graph."""
         self.held = False
         self.error = ""
         self.launch_error = ""
@@ -235,9 +232,8 @@ class FakeDevice:
         finally:
             self.shared_bytes = DEFAULT_SHARED_BYTES
 
-    def capture(self, enqueue: Callable[[], None], overlapping: Collection[str]) -> FakeGraph:
+    def capture(self, enqueue: Callable[[], None]) -> FakeGraph:
         assert not self._queue, "TensorRT wants the stream idle"
-        self.overlapping.append(tuple(overlapping))
         self._capturing = []
         enqueue()
         graph = FakeGraph(self._capturing)

@@ -139,7 +139,6 @@ def plan_manifest() -> Manifest:
             profiles=((1, 16), (17, 64), (65, 300)),
             step_sizes=(1, 2, 4, 8, 12, 16, 64, 300),
             kernel_shared_bytes=DEFAULT_SHARED_BYTES,
-            overlapping_kernels=(),
             gpu_architecture=90,
             gpu_name="NVIDIA H100",
         ),

@@ -56,7 +56,6 @@ PLAN = Manifest(
         profiles=((1, 64),),
         step_sizes=(8, 64),
         kernel_shared_bytes=49152,
-        overlapping_kernels=(),
         gpu_architecture=90,
         gpu_name="NVIDIA H200",
     ),

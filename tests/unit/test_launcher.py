@@ -71,7 +71,6 @@ PLAN = msgspec.structs.replace(
         profiles=((1, 2048),),
         step_sizes=(1, 256, 2048),
         kernel_shared_bytes=49152,
-        overlapping_kernels=(),
         gpu_architecture=90,
         gpu_name="NVIDIA H100",
     ),

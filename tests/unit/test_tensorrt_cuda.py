@@ -57,7 +57,7 @@ def test_rows_are_set_apart(device: CudaDevice) -> None:
 def test_a_graph_does_what_was_captured_when_it_is_launched(device: CudaDevice) -> None:
     address, source, target = device.allocate(256), device.pinned(256), device.pinned(256)
     source[:] = 7
-    graph = device.capture(lambda: device.clear(address, 100), ())
+    graph = device.capture(lambda: device.clear(address, 100))
     done = device.event()
     for _ in range(2):
         device.copy_in(address, source)
@@ -76,7 +76,7 @@ def test_a_capture_that_fails_leaves_the_stream_usable(device: CudaDevice) -> No
         raise DeviceError("on purpose")
 
     with pytest.raises(DeviceError, match="on purpose"):
-        device.capture(fail, ())
+        device.capture(fail)
     device.synchronize()
 
 

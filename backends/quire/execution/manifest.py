@@ -62,8 +62,6 @@ class PlanDetails(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Numbers of tokens, ascending, that steps are padded to."""
     kernel_shared_bytes: Positive
     """Shared memory that a kernel of the plan may ask for."""
-    overlapping_kernels: tuple[str, ...]
-    """Names of those kernels that may start before the kernel before them has ended: they wait themselves."""
     gpu_architecture: Positive
     """Compute capability, 90 for 9.0."""
     gpu_name: str

@@ -33,6 +33,7 @@ class LinearTile:
         block_k: how much of k is multiplied at once.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline over k.
+        tma: whether the tensor memory accelerator moves the operands: `linear_tma`, without splits.
     """
 
     splits: int
@@ -41,6 +42,7 @@ class LinearTile:
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 Operands = Literal["wide", "widened", "int8", "fp8"]
@@ -96,7 +98,6 @@ DEEP_PLAIN: tuple[Shape, ...] = (
     (64, 64, 64, 4, 6),
     (64, 64, 128, 4, 5),
     (128, 128, 64, 8, 6),
-    (128, 256, 64, 8, 4),
 )
 DEEP_GATED: tuple[Shape, ...] = (
     (16, 32, 128, 4, 2),
@@ -104,8 +105,6 @@ DEEP_GATED: tuple[Shape, ...] = (
     (64, 64, 64, 4, 3),
     (128, 64, 64, 8, 3),
     (128, 64, 64, 8, 4),
-    (256, 64, 64, 8, 3),
-    (256, 64, 64, 8, 4),
 )
 DEEP_WIDENED_PLAIN: tuple[Shape, ...] = (
     (16, 32, 64, 4, 8),
@@ -128,7 +127,6 @@ DEEP_INT8_PLAIN: tuple[Shape, ...] = (
     (64, 64, 128, 4, 6),
     (64, 64, 256, 4, 5),
     (128, 128, 128, 8, 6),
-    (256, 128, 128, 8, 4),
 )
 DEEP_INT8_GATED: tuple[Shape, ...] = (
     (16, 32, 128, 4, 4),
@@ -136,7 +134,6 @@ DEEP_INT8_GATED: tuple[Shape, ...] = (
     (64, 64, 128, 4, 3),
     (128, 64, 128, 8, 3),
     (128, 64, 128, 8, 6),
-    (256, 64, 128, 8, 4),
 )
 DEEP_FP8_PLAIN: tuple[Shape, ...] = (
     (16, 32, 256, 4, 4),
@@ -158,11 +155,35 @@ DEEP_FP8_GATED: tuple[Shape, ...] = (
 operands of a matrix instruction come from there, and it takes that many stages for memory to keep up."""
 
 
+TMA_PLAIN: tuple[Shape, ...] = (
+    (128, 64, 128, 8, 4),
+    (128, 128, 64, 8, 5),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 4),
+)
+TMA_GATED: tuple[Shape, ...] = ((128, 64, 64, 8, 5), (128, 128, 64, 8, 4))
+TMA_NARROW_PLAIN: tuple[Shape, ...] = (
+    (128, 64, 256, 8, 4),
+    (128, 128, 128, 8, 5),
+    (128, 256, 128, 8, 4),
+    (256, 128, 128, 8, 4),
+)
+TMA_NARROW_GATED: tuple[Shape, ...] = ((128, 64, 128, 8, 5), (128, 128, 128, 8, 4))
+"""Tiles that the tensor memory accelerator moves, with as much shared memory."""
+ROW_ALIGNMENT = 16
+"""Bytes that rows take multiples of, where the accelerator is to move them."""
+
 SHAPES: Mapping[Operands, tuple[tuple[Shape, ...], ...]] = {
     "wide": (PLAIN, GATED, DEEP_PLAIN, DEEP_GATED),
     "widened": (WIDENED_PLAIN, WIDENED_GATED, DEEP_WIDENED_PLAIN, DEEP_WIDENED_GATED),
     "int8": (NARROW_PLAIN, NARROW_GATED, DEEP_INT8_PLAIN, DEEP_INT8_GATED),
     "fp8": (NARROW_PLAIN, NARROW_GATED, DEEP_FP8_PLAIN, DEEP_FP8_GATED),
+}
+TMA_SHAPES: Mapping[Operands, tuple[tuple[Shape, ...], ...]] = {
+    "wide": (TMA_PLAIN, TMA_GATED),
+    "widened": ((), ()),
+    "int8": (TMA_NARROW_PLAIN, TMA_NARROW_GATED),
+    "fp8": (TMA_NARROW_PLAIN, TMA_NARROW_GATED),
 }
 
 
@@ -181,9 +202,18 @@ def tiles(
     """
     plain, two, deep_plain, deep_two = SHAPES[operands]
     shapes, deep = (two, deep_two) if gated else (plain, deep_plain)
-    if max(tile_bytes(shape, gated, operands) for shape in deep) <= shared_bytes:
+    moved = TMA_SHAPES[operands][gated]
+    if max(tile_bytes(shape, gated, operands) for shape in (*deep, *moved)) <= shared_bytes:
+        # So much shared memory have GPUs from Hopper on, and those have the accelerator.
         shapes = deep
-    return tuple(LinearTile(_splits(n, k, gated, operands, shape), *shape) for shape in shapes)
+    else:
+        moved = ()
+    if k * (2 if operands == "wide" else 1) % ROW_ALIGNMENT:
+        moved = ()
+    return (
+        *(LinearTile(_splits(n, k, gated, operands, shape), *shape) for shape in shapes),
+        *(LinearTile(1, *shape, tma=True) for shape in moved),
+    )
 
 
 def tile_bytes(shape: Shape, gated: bool, operands: Operands = "wide") -> int:

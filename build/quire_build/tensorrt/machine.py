@@ -22,6 +22,7 @@ class Gpu:
     memory_bytes: int
     shared_bytes: int
     """Shared memory of one program, at most."""
+    multiprocessors: int
 
 
 def this_gpu() -> Gpu:
@@ -40,6 +41,7 @@ def this_gpu() -> Gpu:
         10 * properties.major + properties.minor,
         properties.total_memory,
         properties.shared_memory_per_block_optin,
+        properties.multi_processor_count,
     )
 
 

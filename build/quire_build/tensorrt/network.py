@@ -62,6 +62,7 @@ class NetworkWriter:
         kv_dtype: type of the pool, `dtype` or e4m3.
         quantization: of linear layers, the one that the model was lowered with; None for none.
         shared_bytes: shared memory that a program of a linear layer may have.
+        multiprocessors: of the GPU.
         pool: how the pool will be bound.
         max_num_seqs: rows of logits in one step, at most.
     """
@@ -76,6 +77,7 @@ class NetworkWriter:
         kv_dtype: torch.dtype,
         quantization: Quantization | None = None,
         shared_bytes: int = DEFAULT_SHARED_BYTES,
+        multiprocessors: int = 1,
         pool: PoolLayout,
         max_num_seqs: int,
     ) -> None:
@@ -83,6 +85,7 @@ class NetworkWriter:
 
         self._trt, self._network, self._graph, self._weight = trt, network, model.graph, weight
         self._dtype, self._quantization, self._shared_bytes = dtype, quantization, shared_bytes
+        self._multiprocessors = multiprocessors
         self._pool, self._kv_dtype, self._max_num_seqs = pool, kv_dtype, max_num_seqs
         self._types = {
             torch.bfloat16: trt.bfloat16,
@@ -248,6 +251,7 @@ class NetworkWriter:
             weight_float=int(quantization is not None and quantization.narrow == "fp8"),
             narrow_rows=int(quantization is not None and quantization.inputs),
             shared_bytes=self._shared_bytes,
+            multiprocessors=self._multiprocessors,
         )
 
     def _add_quantize(self, node: NodeProto) -> None:

@@ -23,14 +23,12 @@ from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, allow_shared_memory
 from quire_build.engine_builder import Progress
 from quire_build.quantization import Quantization
-from quire_build.tensorrt.kernels.dependent_launch import ARCHITECTURE as OVERLAP_ARCHITECTURE
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.machine import this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
-from quire_build.tensorrt.operators import KERNELS
 from quire_build.tensorrt.plugins import register_plugins
 
-PROFILE_ENDS = (16, 64, 128, 256, 1024)
+PROFILE_ENDS = (16, 64, 128, 256, 512, 1024)
 """Tokens at which a profile ends and the next begins: kernels want other tiles beyond."""
 FP8_ARCHITECTURE = 89
 """Compute capability from which on GPUs convert e4m3."""
@@ -157,6 +155,7 @@ def build_plan(
         kv_dtype=options.kv_dtype,
         quantization=options.quantization,
         shared_bytes=shared_bytes,
+        multiprocessors=gpu.multiprocessors,
         pool=pool,
         max_num_seqs=options.limits.max_num_seqs,
     )
@@ -188,15 +187,10 @@ def build_plan(
         profiles=ranges,
         step_sizes=step_sizes(options.limits),
         kernel_shared_bytes=shared_bytes,
-        overlapping_kernels=_overlapping_kernels(gpu.architecture),
         gpu_architecture=gpu.architecture,
         gpu_name=gpu.name,
     )
     return BuiltPlan(data, details, trt.__version__)
-
-
-def _overlapping_kernels(architecture: int) -> tuple[str, ...]:
-    return tuple(kernel.__name__ for kernel in KERNELS) if architecture >= OVERLAP_ARCHITECTURE else ()
 
 
 def profile_ranges(limits: EngineLimits) -> tuple[tuple[int, int], ...]:

@@ -2,8 +2,9 @@
 
 They are TensorRT's quick-deployable plugins with ahead-of-time kernels: the PTX is part of the plan, which
 then needs no shared library and no Python to run. TensorRT passes each kernel its input pointers, then
-integers it computes from the shapes, then its output pointers, and nulls for the parameters that the Triton
-language appends.
+integers it computes from the shapes, then its output pointers, and nulls for parameters beyond these. Two of
+those the Triton language appends, the first for memory that it may want itself; an operator whose kernel does
+want it has one output more than the kernel knows of.
 
 The pool and the engine's state are ordinary inputs that kernels write through: no output aliases them,
 because TensorRT may answer an alias with a copy. What orders writes before reads is that each operator
@@ -77,6 +78,7 @@ def _register(operator: type[Operator], arch: int) -> None:
             num_stages=launch.num_stages,
             max_registers=launch.max_registers,
             max_shared_bytes=launch.max_shared_bytes,
+            language_scratch_bytes=launch.language_scratch_bytes,
         )
         params = trtp.KernelLaunchParams()
         for axis, extent in zip(("grid_x", "grid_y", "grid_z"), launch.grid, strict=False):

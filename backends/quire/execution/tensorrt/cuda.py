@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from quire.errors import StartupError
 from quire.execution.tensorrt.device import DeviceError, DeviceMemory, DeviceProperties, Event, Graph
-from quire.execution.tensorrt.overlap import overlap_kernels
 from quire.execution.tensorrt.shared_memory import allow_shared_memory
 
 
@@ -27,14 +26,13 @@ class CudaDevice:
 
     def __init__(self) -> None:
         try:
-            from cuda.bindings import driver, runtime
+            from cuda.bindings import runtime
         except ImportError as error:
             raise StartupError(
                 f"running a TensorRT engine needs the package cuda-bindings ({error}); "
                 "install it with `pip install cuda-bindings`"
             ) from None
         self._cuda: Any = runtime
-        self._driver: Any = driver
         self._events: list[Event] = []
         try:
             self._call("cudaSetDevice", 0)
@@ -128,7 +126,7 @@ class CudaDevice:
         """More than 48 KiB needs CUPTI, and no profiler beside it."""
         return allow_shared_memory(most_bytes)
 
-    def capture(self, enqueue: Callable[[], None], overlapping: Collection[str]) -> Graph:
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
         """A graph of what `enqueue` queues, uploaded to the GPU."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
@@ -140,7 +138,6 @@ class CudaDevice:
             raise
         recorded = self._call("cudaStreamEndCapture", self._stream)
         try:
-            overlap_kernels(self._driver, recorded, overlapping)
             graph = self._call("cudaGraphInstantiate", recorded, 0)
         finally:
             self._call("cudaGraphDestroy", recorded)

@@ -7,7 +7,7 @@ Addresses are integers, as TensorRT takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -111,11 +111,8 @@ class Device(Protocol):
         """
         ...
 
-    def capture(self, enqueue: Callable[[], None], overlapping: Collection[str]) -> Graph:
-        """A graph of what `enqueue` queues, which is not run by that.
-
-        Kernels of the names `overlapping` may start before the kernel before them has ended.
-        """
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
+        """A graph of what `enqueue` queues, which is not run by that."""
         ...
 
     def launch(self, graph: Graph) -> None:

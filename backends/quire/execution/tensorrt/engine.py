@@ -265,8 +265,7 @@ class TensorRTEngine:
         self.device.copy_out(buffers.outputs, self._outputs)
         self.device.synchronize()
         self.collect(buffers, inputs.step, len(inputs.logits_indices))
-        graph = self.device.capture(context.enqueue, self._details.overlapping_kernels)
-        return _StepGraph(layout, context, graph)
+        return _StepGraph(layout, context, self.device.capture(context.enqueue))
 
     def _profile_of(self, num_tokens: int) -> int:
         return next(

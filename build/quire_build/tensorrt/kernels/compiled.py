@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
-from quire_build.tensorrt.kernels.dependent_launch import ARCHITECTURE
 
 PTX_VERSION = 87
 """PTX 8.7: old enough for every driver of CUDA 12.8 or later, whatever the compiler's own default is."""
@@ -24,12 +23,15 @@ class CompiledKernel:
         name: the entry's name in the PTX.
         threads: threads per program.
         shared_bytes: dynamic shared memory per program.
+        language_scratch_bytes: memory of the GPU per program, which the first parameter that the language
+            appends points to.
     """
 
     name: str
     ptx: str
     threads: int
     shared_bytes: int
+    language_scratch_bytes: int
 
 
 def compile_kernel(
@@ -42,6 +44,7 @@ def compile_kernel(
     num_stages: int = 3,
     max_registers: int | None = None,
     max_shared_bytes: int = DEFAULT_SHARED_BYTES,
+    language_scratch_bytes: int = 0,
 ) -> CompiledKernel:
     """Compile a kernel of this package for one GPU architecture; no GPU is needed.
 
@@ -49,15 +52,15 @@ def compile_kernel(
         kernel: a ``triton.jit`` function.
         types: its run-time parameters in order, pointers as ``"*bf16"``, integers as ``"i32"``. Pointers are
             taken to be 16-byte aligned, as TensorRT's tensors are.
-        constants: values of its ``constexpr`` parameters, but for OVERLAPS, which the architecture decides.
+        constants: values of its ``constexpr`` parameters.
         arch: compute capability, 90 for 9.0.
         max_registers: of a thread, at most.
         max_shared_bytes: shared memory of a program, at most.
+        language_scratch_bytes: memory of the GPU for a program that the language may ask for, at most.
 
     Raises:
-        ValueError: if the kernel wants scratch memory or more shared memory than that.
+        ValueError: if the kernel wants more memory of one or the other kind.
     """
-    constants = {**constants, "OVERLAPS": arch >= ARCHITECTURE}
     compiled = _compile(
         kernel, tuple(types.items()), tuple(constants.items()), arch, num_warps, num_stages, max_registers
     )
@@ -65,6 +68,11 @@ def compile_kernel(
         raise ValueError(
             f"kernel {compiled.name} wants {compiled.shared_bytes} bytes of shared memory; the plan can give "
             f"it {max_shared_bytes}: choose smaller tiles or fewer stages"
+        )
+    if compiled.language_scratch_bytes > language_scratch_bytes:
+        raise ValueError(
+            f"kernel {compiled.name} wants {compiled.language_scratch_bytes} bytes of scratch memory for a "
+            f"program; its operator gives it {language_scratch_bytes}"
         )
     return compiled
 
@@ -97,6 +105,12 @@ def _compile(
     }
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     metadata = built.metadata
-    if metadata.global_scratch_size or getattr(metadata, "profile_scratch_size", 0):
-        raise ValueError(f"kernel {metadata.name} wants scratch memory, which TensorRT does not pass")
-    return CompiledKernel(metadata.name, built.asm["ptx"], metadata.num_warps * 32, metadata.shared)
+    if getattr(metadata, "profile_scratch_size", 0):
+        raise ValueError(f"kernel {metadata.name} wants memory for a profile, which nobody reads")
+    return CompiledKernel(
+        metadata.name,
+        built.asm["ptx"],
+        metadata.num_warps * 32,
+        metadata.shared,
+        metadata.global_scratch_size,
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire_build.tensorrt.kernels.dependent_launch import let_next_start, wait_for_inputs
 from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
 
 LARGEST_E4M3 = tl.constexpr(448.0)
@@ -40,7 +39,6 @@ def kv_write(
     HEADS_PER_PROGRAM: tl.constexpr,
     HEAD_NORM: tl.constexpr,
     EPSILON: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):
     """Apply RoPE (halves, as in Hugging Face's LLaMA) and write K and V of one layer into the pool.
 
@@ -61,9 +59,6 @@ def kv_write(
         layer: which layer's K and V to write.
         query: out, [T, NUM_HEADS, HEAD_DIM], rotated.
     """
-    if OVERLAPS:
-        let_next_start()
-        wait_for_inputs()
     HALF: tl.constexpr = HEAD_DIM // 2
     KEYS_END: tl.constexpr = NUM_HEADS + NUM_KV_HEADS
     HEADS: tl.constexpr = KEYS_END + NUM_KV_HEADS

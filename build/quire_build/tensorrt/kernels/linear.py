@@ -23,23 +23,22 @@ import triton
 import triton.language as tl
 
 from quire.execution.engine_state import COUNTERS_BYTE
-from quire_build.tensorrt.kernels.dependent_launch import let_next_start, prefetch_rows, wait_for_inputs
 from quire_build.tensorrt.kernels.step_size import used
 
 COUNTERS_OFFSET = tl.constexpr(COUNTERS_BYTE // 4)
 """Where the counters of split tiles start in the engine's state, in int32."""
 SQUARES_WIDTH = tl.constexpr(32)
 """Columns of one sum of squares: the same whatever BLOCK_N is, so that BLOCK_N does not change a result."""
+SUMS_AT_ONCE = tl.constexpr(64)
+"""Sums of squares of a row that are read together."""
 ROW_TILES_PER_GROUP = tl.constexpr(8)
 """Row tiles that go through the columns together, so that memory is read once for all of them."""
 WHOLE_EPILOGUE = tl.constexpr(128 * 128)
 """Elements from which on a tile is finished by halves: its way to memory leads through shared memory."""
-AHEAD_BYTES = tl.constexpr(32 * 1024)
-"""Of the weight that a program asks for before the kernel's other inputs are there."""
 
 
 @triton.jit
-def _halves(tile):
+def halves(tile):
     """The left and the right half of the columns."""
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
@@ -49,7 +48,7 @@ def _halves(tile):
 @triton.jit
 def _store_partial(plane, acc, first_column, rows, N: tl.constexpr, GATED: tl.constexpr):
     """Write one split of a tile to its plane of scratch; if GATED, the right half to the plane behind it."""
-    left, right = _halves(acc)
+    left, right = halves(acc)
     WIDTH: tl.constexpr = left.shape[1]
     ROWS: tl.constexpr = acc.shape[0]
     row = tl.arange(0, ROWS)[:, None]
@@ -63,33 +62,95 @@ def _store_partial(plane, acc, first_column, rows, N: tl.constexpr, GATED: tl.co
 
 
 @triton.jit
-def _prefetch(
-    weight,
-    first_column,
-    begin,
-    end,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Ask for the beginning of a program's part of the weight, inputs ``begin`` to ``end`` of its columns."""
-    ELEMENT_BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    ROWS: tl.constexpr = PARTS * BLOCK_N
-    LANES: tl.constexpr = ROWS if ROWS > 128 else 128
-    LANE_BYTES: tl.constexpr = AHEAD_BYTES // LANES
-    if K * ELEMENT_BYTES % 16 == 0:
-        lane = tl.arange(0, LANES)
-        of_tile = lane % ROWS
-        n = first_column + of_tile % BLOCK_N
-        first = begin + lane // ROWS * (LANE_BYTES // ELEMENT_BYTES)
-        wanted = tl.minimum((end - first) * ELEMENT_BYTES, LANE_BYTES)
-        rows = weight + (of_tile // BLOCK_N * N + n).to(tl.int64) * K + first
-        prefetch_rows(rows, tl.where(n < N, wanted, 0), LANES)
+def row_scale(squares, row, num_rows, K: tl.constexpr, EPSILON: tl.constexpr):
+    """What a norm multiplies each row with: one over its root mean square."""
+    SUMS: tl.constexpr = K // SQUARES_WIDTH
+    row_mask = row < num_rows
+    total = tl.zeros(row.shape, tl.float32)
+    for first in tl.static_range(0, SUMS, SUMS_AT_ONCE):
+        place_of_sum = first + tl.arange(0, SUMS_AT_ONCE)
+        total += tl.sum(
+            tl.load(
+                squares + row[:, None] * SUMS + place_of_sum[None, :],
+                mask=row_mask[:, None] & (place_of_sum < SUMS)[None, :],
+                other=0.0,
+            ),
+            1,
+        )
+    return tl.rsqrt(total / K + EPSILON)
 
 
 @triton.jit
-def _finish(
+def residual_tile(residual, row, first_column, num_rows, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of the rows that a layer's result is added to."""
+    n = first_column + tl.arange(0, BLOCK_N)
+    mask = (row < num_rows)[:, None] & (n < N)[None, :]
+    return tl.load(residual + row.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def finish(
+    acc,
+    up,
+    scale,
+    before,
+    row,
+    first_column,
+    num_rows,
+    next_norm,
+    bias,
+    out,
+    normed,
+    out_squares,
+    N: tl.constexpr,
+    NORMED: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Everything behind the product, for the columns from ``first_column`` on.
+
+    Args:
+        up: the up projection's columns; not used unless GATED.
+        scale: `row_scale`; not used unless NORMED.
+        before: `residual_tile`; not used unless RESIDUAL.
+    """
+    row_mask = row < num_rows
+    n = first_column + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+    mask = row_mask[:, None] & n_mask[None, :]
+    if NORMED:
+        acc = acc * scale[:, None]
+        up = up * scale[:, None]
+    if BIAS:
+        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias + N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * up
+    if RESIDUAL:
+        acc += before.to(tl.float32)
+    target = row.to(tl.int64)[:, None] * N + n[None, :]
+    result = acc.to(out.dtype.element_ty)
+    tl.store(out + target, result, mask=mask)
+    if RESIDUAL:
+        kept = tl.where(mask, result.to(tl.float32), 0.0)
+        gain = tl.load(next_norm + n, mask=n_mask, other=0.0).to(tl.float32)
+        tl.store(normed + target, (kept * gain[None, :]).to(normed.dtype.element_ty), mask=mask)
+        PARTS: tl.constexpr = BLOCK_N // SQUARES_WIDTH
+        sums = tl.sum(tl.reshape(kept * kept, [BLOCK_M, PARTS, SQUARES_WIDTH]), 2)
+        part = first_column // SQUARES_WIDTH + tl.arange(0, PARTS)
+        tl.store(
+            out_squares + row[:, None] * (N // SQUARES_WIDTH) + part[None, :],
+            sums,
+            mask=row_mask[:, None] & (part < N // SQUARES_WIDTH)[None, :],
+        )
+
+
+@triton.jit
+def _read_and_finish(
     acc,
     up,
     row,
@@ -112,50 +173,17 @@ def _finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Everything behind the product, for the columns from ``first_column`` on."""
-    row_mask = row < num_rows
-    n = first_column + tl.arange(0, BLOCK_N)
-    n_mask = n < N
-    mask = row_mask[:, None] & n_mask[None, :]
+    """`finish` with what it wants read here."""
+    scale = row
+    before = acc
     if NORMED:
-        SUMS: tl.constexpr = K // SQUARES_WIDTH
-        total = tl.zeros([BLOCK_M], tl.float32)
-        for first in range(0, SUMS, 32):
-            place_of_sum = first + tl.arange(0, 32)
-            total += tl.sum(
-                tl.load(
-                    squares + row[:, None] * SUMS + place_of_sum[None, :],
-                    mask=row_mask[:, None] & (place_of_sum < SUMS)[None, :],
-                    other=0.0,
-                ),
-                1,
-            )
-        scale = tl.rsqrt(total / K + EPSILON)[:, None]
-        acc = acc * scale
-        up = up * scale
-    if BIAS:
-        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias + N + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        acc = acc / (1.0 + tl.exp(-acc)) * up
-    target = row.to(tl.int64)[:, None] * N + n[None, :]
+        scale = row_scale(squares, row, num_rows, K, EPSILON)
     if RESIDUAL:
-        acc += tl.load(residual + target, mask=mask, other=0.0).to(tl.float32)
-    result = acc.to(out.dtype.element_ty)
-    tl.store(out + target, result, mask=mask)
-    if RESIDUAL:
-        kept = tl.where(mask, result.to(tl.float32), 0.0)
-        gain = tl.load(next_norm + n, mask=n_mask, other=0.0).to(tl.float32)
-        tl.store(normed + target, (kept * gain[None, :]).to(normed.dtype.element_ty), mask=mask)
-        PARTS: tl.constexpr = BLOCK_N // SQUARES_WIDTH
-        sums = tl.sum(tl.reshape(kept * kept, [BLOCK_M, PARTS, SQUARES_WIDTH]), 2)
-        part = first_column // SQUARES_WIDTH + tl.arange(0, PARTS)
-        tl.store(
-            out_squares + row[:, None] * (N // SQUARES_WIDTH) + part[None, :],
-            sums,
-            mask=row_mask[:, None] & (part < N // SQUARES_WIDTH)[None, :],
-        )
+        before = residual_tile(residual, row, first_column, num_rows, N, BLOCK_N)
+    finish(
+        acc, up, scale, before, row, first_column, num_rows, next_norm, bias, out, normed, out_squares, N,
+        NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -191,7 +219,6 @@ def linear(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):
     """Compute one tile of ``out``, or one split of it.
 
@@ -225,7 +252,6 @@ def linear(
         COUNTED: what a row is, for `step_size.used`. Tiles of padding alone are left out; the rows of padding
             in others are computed.
         BLOCK_N: a multiple of SQUARES_WIDTH when RESIDUAL.
-        OVERLAPS: whether the kernel may start before its inputs are there.
     """
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     row_tiles = tl.num_programs(1)
@@ -236,8 +262,6 @@ def linear(
     row_tile = first_of_group + place_in_group % group
     column = place_in_group // group
     split = tl.program_id(2)
-    if OVERLAPS:
-        let_next_start()
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -267,9 +291,6 @@ def linear(
         weight = weight.to(tl.pointer_type(narrow), bitcast=True)
         if NARROW_ROWS:
             x = narrow_x.to(tl.pointer_type(narrow), bitcast=True)
-    if OVERLAPS:
-        _prefetch(weight, column * BLOCK_N, begin * BLOCK_K, min(end * BLOCK_K, K), K, N, PARTS, BLOCK_N)
-        wait_for_inputs()
     # The first tile always has rows, and doesn't wait for their number.
     if row_tile > 0:
         if row_tile * BLOCK_M >= used(engine_state, COUNTED, num_rows):
@@ -339,27 +360,27 @@ def linear(
                     total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
                     if GATED:
                         up_total += tl.load(part + BLOCK_M * N, mask=there, other=0.0, cache_modifier=".cg")
-            _finish(
+            _read_and_finish(
                 total, up_total, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
                 normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             return
 
     if not GATED and BLOCK_M * BLOCK_N >= WHOLE_EPILOGUE:
-        left, right = _halves(acc)
-        _finish(
+        left, right = halves(acc)
+        _read_and_finish(
             left, left, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
             normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
-        _finish(
+        _read_and_finish(
             right, right, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual, next_norm, bias,
             out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
         up = acc
         if GATED:
-            acc, up = _halves(acc)
-        _finish(
+            acc, up = halves(acc)
+        _read_and_finish(
             acc, up, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
             normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
         )  # fmt: skip

@@ -24,7 +24,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire_build.tensorrt.kernels.dependent_launch import let_next_start, wait_for_inputs
 from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
 
 LARGEST_HALF = tl.constexpr(65504.0)
@@ -76,7 +75,6 @@ def paged_attention(
     MAX_SPLITS: tl.constexpr,
     COMBINED_ROWS: tl.constexpr,
     COMBINED_SPLITS: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):
     """Attend one tile of queries of one KV head to one split of its sequence's context.
 
@@ -106,9 +104,6 @@ def paged_attention(
         MIN_SPLIT: keys, the fewest worth a split.
         COMBINED_ROWS: rows, and COMBINED_SPLITS splits, combined at a time.
     """
-    if OVERLAPS:
-        let_next_start()
-        wait_for_inputs()
     TOKENS_PER_TILE: tl.constexpr = ROWS // GROUP
     HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     # The last tiles are the long ones, when chunks follow decode rows: they start first.

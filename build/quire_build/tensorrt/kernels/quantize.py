@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire_build.tensorrt.kernels.dependent_launch import let_next_start, wait_for_inputs
 from quire_build.tensorrt.kernels.step_size import used
 
 SIDE = tl.constexpr(16)
@@ -97,7 +96,6 @@ def quantize(
     FLOAT: tl.constexpr,
     COUNTED: tl.constexpr,
     PIECE: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):
     """Quantise one row.
 
@@ -114,11 +112,7 @@ def quantize(
         FLOAT: whether numbers are e4m3 and not int8.
         COUNTED: what a row is, for `step_size.used`. Rows of padding are left out.
         PIECE: inputs that are worked on at once, a power of two and a multiple of CHUNK.
-        OVERLAPS: whether the kernel may start before its inputs are there.
     """
-    if OVERLAPS:
-        let_next_start()
-        wait_for_inputs()
     row = tl.program_id(0)
     # The first row is always there, and doesn't wait for their number.
     if row > 0:

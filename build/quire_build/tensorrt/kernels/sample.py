@@ -20,7 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire_build.tensorrt.kernels.dependent_launch import let_next_start, wait_for_inputs
 from quire_build.tensorrt.kernels.step_size import ROWS, used
 
 MASS_UNIT = tl.constexpr(float(1 << 38))
@@ -419,7 +418,6 @@ def sample(
     MOST_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):
     """Choose the next token of one row, or help to find its best logit.
 
@@ -439,9 +437,6 @@ def sample(
         BLOCK: tokens looked at together.
         CAPACITY: candidates that are copied out, at most; less than 2**COUNT_BITS.
     """
-    if OVERLAPS:
-        let_next_start()
-        wait_for_inputs()
     split = tl.program_id(0)
     row = tl.program_id(1)
     row_logits = logits + row.to(tl.int64) * VOCAB_SIZE

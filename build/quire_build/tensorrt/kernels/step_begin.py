@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire_build.tensorrt.kernels.dependent_launch import let_next_start, wait_for_inputs
 from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS, note
 
 
@@ -40,7 +39,6 @@ def step_begin(
     POOL_OFFSETS_BYTE: tl.constexpr,
     SAMPLED_IDS_BYTE: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):
     """Replace ids that stand for sampled tokens, and note the step, its size, and the pool's epoch and parts.
 
@@ -56,9 +54,6 @@ def step_begin(
         pool_info: out, int32 [2], number of blocks and epoch.
         step_done: out, int32 [1], the step's number.
     """
-    if OVERLAPS:
-        let_next_start()
-        wait_for_inputs()
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = token < num_tokens
     given = tl.load(input_ids + token, mask=mask, other=0)

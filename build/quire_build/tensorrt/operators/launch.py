@@ -60,6 +60,8 @@ class Launch:
         integers: its integer parameters.
         max_registers: of a thread; the compiler's own choice where None.
         max_shared_bytes: shared memory of a program, at most.
+        language_scratch_bytes: memory of the GPU for a program that the language itself may ask for. It gets
+            the operator's last output, behind the kernel's own parameters.
     """
 
     kernel: Any
@@ -71,6 +73,11 @@ class Launch:
     num_stages: int = 3
     max_registers: int | None = None
     max_shared_bytes: int = DEFAULT_SHARED_BYTES
+    language_scratch_bytes: int = 0
+
+    def arguments(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
+        """The kernel's own arguments."""
+        return [*inputs, *self.integers, *outputs][: len(self.types)]
 
 
 class Operator(Protocol):

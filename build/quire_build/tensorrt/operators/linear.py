@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quire_build.tensorrt.kernels.linear import SQUARES_WIDTH, linear
+from quire_build.tensorrt.kernels.linear_tma import linear_tma
 from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
 from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tiles
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape
+
+DESCRIPTOR_BYTES = 2 * 128
+"""What a program of `linear_tma` describes its two operands with."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,10 @@ class Linear:
     model's type.
     With ``narrow_rows`` what is multiplied is not x but narrow_x int32 [T, k / 4], rows of the weight's type
     with x_scales float32 [T], as `Quantize` makes them; ``weight_group`` is then k.
-    A program may have ``shared_bytes`` of shared memory. The result is ``wide_output``, float32, where it is
-    logits, whose rows are not the step's tokens.
+    A program may have ``shared_bytes`` of shared memory, and the GPU has so many ``multiprocessors``.
+    The result is ``wide_output``, float32, where it is logits, whose rows are not the step's tokens.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
-    squares, what the next normed layer reads; scratch for splits.
+    squares, what the next normed layer reads; scratch for splits; memory for descriptors of tensors.
     """
 
     k: int
@@ -43,6 +47,7 @@ class Linear:
     weight_float: int
     narrow_rows: int
     shared_bytes: int
+    multiprocessors: int
 
     INPUTS: ClassVar[tuple[str, ...]] = (
         "x",
@@ -56,7 +61,7 @@ class Linear:
         "x_scales",
         "engine_state",
     )
-    NUM_OUTPUTS: ClassVar[int] = 4
+    NUM_OUTPUTS: ClassVar[int] = 5
 
     @property
     def operands(self) -> Operands:
@@ -75,66 +80,81 @@ class Linear:
         return len(self._tiles)
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
-        """Result, normed result, sums of squares, scratch; of size 1 what the flags leave out."""
+        """Result, normed result, sums of squares, scratch, descriptors; of size 1 what is left out."""
         rows = shapes[0][0]
         width, sums = (self.n, self.n // SQUARES_WIDTH.value) if self.adds_residual else (1, 1)
         rows_of_scratch = max(
             (tile.splits * tile.block_m for tile in self._tiles if tile.splits > 1), default=0
         )
         scratch = max(1, rows_of_scratch * self.n * (1 + self.gated))
+        descriptors = self.multiprocessors * DESCRIPTOR_BYTES // 4 if any(t.tma for t in self._tiles) else 1
         return (
             ((rows, self.n), "fp32" if self.wide_output else MODEL),
             ((rows, width), MODEL),
             ((rows, sums), "fp32"),
             ((scratch,), "fp32"),
+            ((descriptors,), "i32"),
         )
 
     def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
-        """A program for each tile of the result and each split."""
+        """A program for each tile of the result and each split, or one for each multiprocessor."""
         return self.launch_in(self._tiles[tactic], shapes, arithmetic)
 
     def launch_in(self, tile: LinearTile, shapes: Sequence[Shape], arithmetic: Arithmetic) -> Launch:
         """The launch in tiles of the caller's choice, scratch being large enough."""
         rows = shapes[0][0]
+        types = {
+            "x": f"*{MODEL}",
+            "weight": "*i32" if self.weight_group else f"*{MODEL}",
+            "squares": "*fp32",
+            "residual": f"*{MODEL}",
+            "next_norm": f"*{MODEL}",
+            "bias": f"*{MODEL}",
+            "scales": f"*{MODEL}",
+            "narrow_x": "*i32" if self.narrow_rows else f"*{MODEL}",
+            "x_scales": "*fp32",
+            "engine_state": "*i64",
+            "num_rows": "i32",
+            "num_splits": "i32",
+            "out": "*fp32" if self.wide_output else f"*{MODEL}",
+            "normed": f"*{MODEL}",
+            "out_squares": "*fp32",
+            "partial": "*fp32",
+        }
+        constants = {
+            "K": self.k,
+            "N": self.n,
+            "NORMED": bool(self.normed),
+            "EPSILON": self.epsilon,
+            "GATED": bool(self.gated),
+            "RESIDUAL": bool(self.adds_residual),
+            "BIAS": bool(self.biased),
+            "WEIGHT_FLOAT": bool(self.weight_float),
+            "NARROW_ROWS": bool(self.narrow_rows),
+            "COUNTED": (ROWS if self.wide_output else TOKENS).value,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        }
+        if tile.tma:
+            del types["num_splits"]
+            return Launch(
+                kernel=linear_tma,
+                types=types,
+                constants=constants | {"PROGRAMS": self.multiprocessors},
+                grid=(self.multiprocessors,),
+                integers=(rows,),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                max_shared_bytes=self.shared_bytes,
+                language_scratch_bytes=DESCRIPTOR_BYTES,
+            )
         row_tiles = arithmetic.ceil_div(rows, tile.block_m)
         splits = arithmetic.larger(arithmetic.constant(tile.splits) // row_tiles, 1)
         return Launch(
             kernel=linear,
-            types={
-                "x": f"*{MODEL}",
-                "weight": "*i32" if self.weight_group else f"*{MODEL}",
-                "squares": "*fp32",
-                "residual": f"*{MODEL}",
-                "next_norm": f"*{MODEL}",
-                "bias": f"*{MODEL}",
-                "scales": f"*{MODEL}",
-                "narrow_x": "*i32" if self.narrow_rows else f"*{MODEL}",
-                "x_scales": "*fp32",
-                "engine_state": "*i64",
-                "num_rows": "i32",
-                "num_splits": "i32",
-                "out": "*fp32" if self.wide_output else f"*{MODEL}",
-                "normed": f"*{MODEL}",
-                "out_squares": "*fp32",
-                "partial": "*fp32",
-            },
-            constants={
-                "K": self.k,
-                "N": self.n,
-                "NORMED": bool(self.normed),
-                "EPSILON": self.epsilon,
-                "GATED": bool(self.gated),
-                "RESIDUAL": bool(self.adds_residual),
-                "BIAS": bool(self.biased),
-                "WEIGHT_GROUP": self.weight_group,
-                "WEIGHT_FLOAT": bool(self.weight_float),
-                "NARROW_ROWS": bool(self.narrow_rows),
-                "COUNTED": (ROWS if self.wide_output else TOKENS).value,
-                "SPLITS": tile.splits,
-                "BLOCK_M": tile.block_m,
-                "BLOCK_N": tile.block_n,
-                "BLOCK_K": tile.block_k,
-            },
+            types=types,
+            constants=constants | {"WEIGHT_GROUP": self.weight_group, "SPLITS": tile.splits},
             grid=(-(-self.n // tile.block_n), row_tiles, splits),
             integers=(rows, splits),
             num_warps=tile.num_warps,

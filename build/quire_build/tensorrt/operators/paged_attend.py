@@ -14,11 +14,12 @@ from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Sha
 PROGRAMS_WANTED = 264
 """Few tiles are split until about this many programs run: two on each of a Hopper GPU's 132 SMs."""
 MAX_SPLITS = 64
-MANY_SPLITS = 16
-"""Splits that even many tiles may have, where a context is so long that others would wait for it."""
+MANY_SPLITS = 6
+"""Splits that even many tiles may have, where a context is so long that others would wait for it. Each costs
+every tile a program, if only to see that there is nothing to do."""
 SPLIT_ROWS = 1024
 """Tokens times splits, at most, for which scratch is kept."""
-LONG_SPLIT = 1024
+LONG_SPLIT = 2048
 """Keys of one split that is worth cutting again for the sake of balance."""
 MIN_SPLIT = 128
 """Keys that one program reads sooner than two agree on who combines what they read."""
@@ -116,6 +117,8 @@ class PagedAttend:
         padded = self._head_dim_padded
         group = power_of_two(self._group)
         combined_rows = min(8, group)
+        # Three small fetches on their way are better than two large ones; numbers of one byte are small.
+        few_keys, few_stages = (64, 2) if self.kv_element_bytes == 1 else (32, 3)
         return Launch(
             kernel=paged_attention,
             types={
@@ -153,8 +156,8 @@ class PagedAttend:
                 "ROW_KEYS": max(16, min(32, 4096 // padded)),
                 "ROW_STAGES": 2,
                 "FEW_ROWS": max(16, group),
-                "FEW_KEYS": max(16, min(64, 8192 // padded)),
-                "FEW_STAGES": 2,
+                "FEW_KEYS": max(16, min(few_keys, 128 * few_keys // padded)),
+                "FEW_STAGES": few_stages,
                 "MIN_SPLIT": MIN_SPLIT,
                 "LONG_SPLIT": LONG_SPLIT,
                 "MAX_SPLITS": MAX_SPLITS,

@@ -1,0 +1,143 @@
+"""The linear layer of `linear.py` for many rows, on GPUs with a tensor memory accelerator.
+
+The accelerator moves whole tiles by itself, by a descriptor of the tensor that lies in memory, so that the
+threads have nothing to do but feed the matrix unit. One program runs on each multiprocessor and computes
+tiles one after another.
+"""
+
+# Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
+# ruff: noqa: N803, N806, SIM102
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quire_build.tensorrt.kernels.linear import finish, halves, residual_tile, row_scale
+from quire_build.tensorrt.kernels.step_size import used
+
+ROW_TILES_PER_GROUP = tl.constexpr(4)
+"""Row tiles that go through the columns together. It divides the programs, so that one keeps its rows."""
+LARGEST_EPILOGUE = tl.constexpr(128 * 128)
+"""Elements of a result that a program has registers for; a larger tile is finished by halves."""
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_tma(
+    x,
+    weight,
+    squares,
+    residual,
+    next_norm,
+    bias,
+    scales,
+    narrow_x,
+    x_scales,
+    engine_state,
+    num_rows,
+    out,
+    normed,
+    out_squares,
+    partial,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPSILON: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHT_FLOAT: tl.constexpr,
+    NARROW_ROWS: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute every PROGRAMS-th tile of ``out``.
+
+    Grid: (PROGRAMS,). Parameters and constants are those of `linear`, but for these:
+
+    Args:
+        weight: and x or narrow_x: their rows take multiples of 16 bytes.
+        partial: not used.
+        WEIGHT_FLOAT: as in `linear`; with NARROW_ROWS only is a weight of eight bits.
+        PROGRAMS: as many as there are multiprocessors.
+        BLOCK_N: half of it is a multiple of SQUARES_WIDTH when RESIDUAL.
+    """
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    # The up projection's rows come behind the gate's, in one product with them.
+    PARTS: tl.constexpr = 2 if GATED else 1
+    WIDTH: tl.constexpr = PARTS * BLOCK_N
+    EXACT: tl.constexpr = NARROW_ROWS and not WEIGHT_FLOAT
+    BY_HALVES: tl.constexpr = BLOCK_M * BLOCK_N > LARGEST_EPILOGUE
+    if NARROW_ROWS:
+        narrow: tl.constexpr = tl.float8e4nv if WEIGHT_FLOAT else tl.int8
+        weight = weight.to(tl.pointer_type(narrow), bitcast=True)
+        x = narrow_x.to(tl.pointer_type(narrow), bitcast=True)
+    x_tiles = tl.make_tensor_descriptor(x, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
+    w_tiles = tl.make_tensor_descriptor(weight, [PARTS, N, K], [N * K, K, 1], [PARTS, BLOCK_N, BLOCK_K])
+    row_tiles = tl.cdiv(used(engine_state, COUNTED, num_rows), BLOCK_M)
+
+    known = -1
+    scale = tl.zeros([BLOCK_M], tl.float32)
+    for tile in range(tl.program_id(0), row_tiles * COLUMNS, PROGRAMS):
+        first_of_group = tile // (ROW_TILES_PER_GROUP * COLUMNS) * ROW_TILES_PER_GROUP
+        place_in_group = tile - first_of_group * COLUMNS
+        group = min(row_tiles - first_of_group, ROW_TILES_PER_GROUP)
+        row_tile = first_of_group + place_in_group % group
+        first_column = place_in_group // group * BLOCK_N
+        row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        if NORMED:
+            if row_tile != known:
+                scale = row_scale(squares, row, num_rows, K, EPSILON)
+                known = row_tile
+        if RESIDUAL and not BY_HALVES:
+            # On its way while the product is computed.
+            before = residual_tile(residual, row, first_column, num_rows, N, BLOCK_N)
+
+        acc = tl.zeros([BLOCK_M, WIDTH], tl.int32 if EXACT else tl.float32)
+        for start in range(0, K, BLOCK_K):
+            a = x_tiles.load([row_tile * BLOCK_M, start])
+            w = w_tiles.load([0, first_column, start]).reshape(WIDTH, BLOCK_K)
+            if EXACT:
+                acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.int32)
+            elif NARROW_ROWS:
+                # Hopper's matrix unit keeps too few bits of sums of e4m3: they leave it after each tile.
+                acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=BLOCK_K)
+            else:
+                acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+        if NARROW_ROWS:
+            of_tile = tl.arange(0, WIDTH)
+            w_n = first_column + of_tile % BLOCK_N
+            of_row = tl.load(x_scales + row, mask=row < num_rows, other=0.0)
+            of_column = tl.load(scales + of_tile // BLOCK_N * N + w_n, mask=w_n < N, other=0.0)
+            acc = acc.to(tl.float32) * of_row[:, None] * of_column.to(tl.float32)[None, :]
+
+        if BY_HALVES and not GATED:
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = halves(acc)
+            before = left
+            if RESIDUAL:
+                before = residual_tile(residual, row, first_column, num_rows, N, HALF)
+            finish(
+                left, left, scale, before, row, first_column, num_rows, next_norm, bias, out, normed,
+                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, HALF,
+            )  # fmt: skip
+            if RESIDUAL:
+                before = residual_tile(residual, row, first_column + HALF, num_rows, N, HALF)
+            finish(
+                right, right, scale, before, row, first_column + HALF, num_rows, next_norm, bias, out, normed,
+                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, HALF,
+            )  # fmt: skip
+        else:
+            up = acc
+            if GATED:
+                acc, up = halves(acc)
+            if not RESIDUAL:
+                before = acc
+            finish(
+                acc, up, scale, before, row, first_column, num_rows, next_norm, bias, out, normed,
+                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
