@@ -91,6 +91,19 @@ def test_zeros_are_zeros_and_large_numbers_no_infinities(narrow: NarrowType) -> 
 
 
 @pytest.mark.parametrize("narrow", DTYPES)
+@pytest.mark.parametrize(
+    ("k", "bad"), [(128, math.nan), (128, math.inf), (128, -math.inf), (LARGEST_PIECE + 256, math.nan)]
+)
+def test_a_row_that_is_not_all_numbers_comes_to_none(k: int, bad: float, narrow: NarrowType) -> None:
+    """So it shows in the logits, as without quantising; int8 itself has no way to say so."""
+    x = torch.randn(2, k, generator=torch.Generator().manual_seed(4))
+    x[1, 100] = bad
+    numbers, scales = launched(operator(k, narrow), x)
+    sums = (numbers * scales[:, None]).sum(1)
+    assert sums[0].isfinite() and not sums[1].isfinite()
+
+
+@pytest.mark.parametrize("narrow", DTYPES)
 def test_rows_of_padding_are_left_alone_and_harm_nobody(narrow: NarrowType) -> None:
     layers = operator(64, narrow), operator(64, narrow, of_logits=1)
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))

@@ -17,8 +17,8 @@ import triton.language as tl
 from quire_build.tensorrt.kernels.step_size import used
 
 SIDE = tl.constexpr(16)
-CHUNK = tl.constexpr(256)
-"""Inputs that are rotated together, at most."""
+CHUNK = tl.constexpr(SIDE.value * SIDE.value)
+"""Inputs of a square of SIDE lines, and so the most that are rotated together."""
 SMALLEST = tl.constexpr(1e-30)
 """The least that a row's largest number counts as, so that its inverse is a number."""
 ROUNDING = tl.constexpr(12582912.0)
@@ -45,7 +45,7 @@ def _rotated(x, ROTATION: tl.constexpr):
     LEFT: tl.constexpr = ROTATION // RIGHT
     half = tl.dot(x, _hadamard(RIGHT, x.dtype), input_precision="ieee")
     half = tl.reshape(tl.permute(tl.reshape(half, [LINES // SIDE, SIDE, SIDE]), (0, 2, 1)), [LINES, SIDE])
-    # Sums are no numbers of half precision, but two of them.
+    # A sum is no number of half precision, but the sum of two.
     high = half.to(x.dtype)
     low = (half - high.to(tl.float32)).to(x.dtype)
     matrix = _hadamard(LEFT, x.dtype)
@@ -68,9 +68,16 @@ def _piece(x_row, first, K: tl.constexpr, ROTATION: tl.constexpr, PIECE: tl.cons
 
 
 @triton.jit
-def _largest(values):
-    """The largest absolute value."""
-    return tl.max(tl.reshape(tl.abs(values), [values.numel]))
+def _larger(first, second):
+    """The larger of the two; not a number if one is none."""
+    return tl.maximum(first, second, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(values, FLOAT: tl.constexpr):
+    """The largest absolute value; for int8, which cannot say so itself, not a number if one is none."""
+    magnitudes = tl.reshape(tl.abs(values), [values.numel])
+    return tl.max(magnitudes) if FLOAT else tl.reduce(magnitudes, 0, _larger)
 
 
 @triton.jit
@@ -113,6 +120,7 @@ def quantize(
         COUNTED: what a row is, for `step_size.used`. Rows of padding are left out.
         PIECE: inputs that are worked on at once, a power of two and a multiple of CHUNK.
     """
+    tl.static_assert(ROTATION <= CHUNK)
     row = tl.program_id(0)
     # The first row is always there, and doesn't wait for their number.
     if row > 0:
@@ -123,13 +131,13 @@ def quantize(
     row_numbers = numbers.to(tl.pointer_type(narrow), bitcast=True) + row.to(tl.int64) * K
     if PIECE >= K:
         values, k = _piece(x_row, 0, K, ROTATION, PIECE)
-        amax = tl.maximum(_largest(values), SMALLEST)
+        amax = _larger(_largest(values, FLOAT), SMALLEST)
         _store(values, k, LARGEST / amax, row_numbers, K, FLOAT)
     else:
         amax = SMALLEST
         for first in range(0, K, PIECE):
             values, _ = _piece(x_row, first, K, ROTATION, PIECE)
-            amax = tl.maximum(amax, _largest(values))
+            amax = _larger(amax, _largest(values, FLOAT))
         for first in range(0, K, PIECE):
             values, k = _piece(x_row, first, K, ROTATION, PIECE)
             _store(values, k, LARGEST / amax, row_numbers, K, FLOAT)

@@ -14,6 +14,7 @@ from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Sha
 LARGEST_PIECE = 16384
 """Inputs that one program keeps in registers."""
 PER_WARP = 1024
+"""Inputs of a program for each of its warps."""
 
 
 @dataclass(frozen=True)
