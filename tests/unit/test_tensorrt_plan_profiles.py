@@ -113,7 +113,11 @@ def test_a_pool_of_the_smallest_blocks_has_no_more_of_them_than_slots_have_numbe
             {"kv_dtype": torch.float8_e4m3fn},
             "kv_cache_dtype is 'fp8', .* 8.9 .* has 8.0: --kv-cache-dtype auto",
         ),
-        ({"quantization": PLANS["fp8"]}, "precision is fp8, .* 8.9 .* has 8.0: --precision int8"),
+        ({"quantization": PLANS["fp8"]}, "precision is 'fp8', .* 8.9 .* has 8.0: --precision int8 takes"),
+        (
+            {"quantization": PLANS["fp8-weights"]},
+            "precision is 'fp8-weights', .* 8.9 .* has 8.0: --precision int8-weights takes",
+        ),
     ],
 )
 def test_e4m3_is_refused_where_a_gpu_has_none(

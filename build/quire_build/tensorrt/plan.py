@@ -129,10 +129,12 @@ def build_plan(
     pool = options.pool
     if gpu.architecture < FP8_ARCHITECTURE:
         capability = f"{gpu.architecture // 10}.{gpu.architecture % 10}"
-        if options.quantization is not None and options.quantization.narrow == "fp8":
+        quantization = options.quantization
+        if quantization is not None and quantization.narrow == "fp8":
+            weights_alone = "" if quantization.inputs else "-weights"
             raise BuildError(
-                f"precision is fp8, which takes compute capability 8.9 or newer; {gpu.name} has "
-                f"{capability}: --precision int8 takes as few bytes"
+                f"precision is 'fp8{weights_alone}', which takes compute capability 8.9 or newer; {gpu.name} "
+                f"has {capability}: --precision int8{weights_alone} takes as few bytes"
             )
         if options.kv_dtype == torch.float8_e4m3fn:
             raise BuildError(
