@@ -111,6 +111,7 @@ def test_what_is_not_ours_builds_for_every_profile() -> None:
         weights.__getitem__,
         dtype=OPTIONS.dtype,
         kv_dtype=OPTIONS.kv_dtype,
+        multiprocessors=1,
         pool=OPTIONS.pool,
         max_num_seqs=OPTIONS.limits.max_num_seqs,
     )

@@ -22,8 +22,9 @@ from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import Quantization
 from quire_build.tensorrt.lowering.attention import POOL
 from quire_build.tensorrt.lowering.graph import attribute
+from quire_build.tensorrt.lowering.quantize import NUM_INPUTS
 from quire_build.tensorrt.lowering.step import STATE
-from quire_build.tensorrt.operators import OPERATORS, Linear
+from quire_build.tensorrt.operators import OPERATORS
 
 TABLES = ("cosine", "sine")
 """Weights that stay float32, whatever the model's type is."""
@@ -77,7 +78,7 @@ class NetworkWriter:
         kv_dtype: torch.dtype,
         quantization: Quantization | None = None,
         shared_bytes: int = DEFAULT_SHARED_BYTES,
-        multiprocessors: int = 1,
+        multiprocessors: int,
         pool: PoolLayout,
         max_num_seqs: int,
     ) -> None:
@@ -230,10 +231,9 @@ class NetworkWriter:
     def _add_linear(self, node: NodeProto) -> None:
         x, weight, *others = node.input
         rows = self._tensor(x)
-        tensors = [self._tensor(name) if name else rows for name in others]
-        # What is not there stands for the rows' numbers and scales.
-        tensors += [rows] * (len(Linear.INPUTS) - 4 - len(tensors))
-        *surroundings, narrow_rows, row_scales = tensors
+        # An input that is not read is bound to the rows.
+        others += [""] * (NUM_INPUTS + 2 - len(node.input))
+        *surroundings, narrow_x, x_scales = (self._tensor(name) if name else rows for name in others)
         quantization = self._quantization
         if quantization is not None:
             matrix, scales = self._quantized(weight, quantization)
@@ -241,7 +241,7 @@ class NetworkWriter:
             matrix, scales = self._tensor(weight), rows
         self._add_own(
             node,
-            [rows, matrix, *surroundings, scales, narrow_rows, row_scales, self._tensors[STATE]],
+            [rows, matrix, *surroundings, scales, narrow_x, x_scales, self._tensors[STATE]],
             normed=0,
             epsilon=0.0,
             gated=0,
