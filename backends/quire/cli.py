@@ -85,7 +85,7 @@ def build(
     ] = None,
     kv_cache_dtype: Annotated[
         Literal["auto", "fp8"],
-        typer.Option(help="What keys and values are kept in; fp8 on GPUs, auto is what activations have."),
+        typer.Option(help="What keys and values are kept in: the type of activations, or on GPUs fp8."),
     ] = "auto",
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 2048,

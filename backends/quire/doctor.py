@@ -71,7 +71,7 @@ class _Engine:
         except ManifestError as error:
             self.findings.append(Finding("engine", "not usable", str(error)))
             return
-        kv = "" if manifest.kv_cache_dtype != "fp8" else " with KV in fp8"
+        kv = " with KV in fp8" if manifest.kv_cache_dtype == "fp8" else ""
         state = f"{manifest.precision}{kv}, for {manifest.runtime} {manifest.runtime_version}"
         self.findings.append(Finding("engine", state))
         if manifest.plan is not None:

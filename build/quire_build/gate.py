@@ -49,16 +49,18 @@ class Thresholds:
         return Thresholds(**looser | {"top1_agreement": agreement})
 
 
+_INT8 = Thresholds(0.5, 1e-3, 5e-3, 0.75, 1.02)
+_FP8 = Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05)
 THRESHOLDS: Mapping[Precision, Thresholds] = {
     "float32": Thresholds(1e-3, 1e-5, 1e-6, 0.99, 1.001, max_abs_logit_error=1e-3),
     "bf16": Thresholds(0.2, 1e-3, 1e-3, 0.8, 1.01),
     "fp16": Thresholds(0.05, 1e-3, 1e-4, 0.95, 1.005),
-    "int8": Thresholds(0.5, 1e-3, 5e-3, 0.75, 1.02),
-    "fp8": Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05),
-    "int8-weights": Thresholds(0.5, 1e-3, 5e-3, 0.75, 1.02),
-    "fp8-weights": Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05),
+    "int8": _INT8,
+    "fp8": _FP8,
+    "int8-weights": _INT8,
+    "fp8-weights": _FP8,
 }
-FP8_KV_THRESHOLDS = Thresholds(0.7, 1e-3, 2e-2, 0.7, 1.05)
+FP8_KV_THRESHOLDS = _FP8
 """Of engines whose pool is of e4m3."""
 
 PROMPT_LENGTHS = (5, 70, 33, 128, 1, 64)

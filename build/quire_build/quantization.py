@@ -1,9 +1,10 @@
 """Numbers of few bits: what quantised weights, activations and KV are, and the decoder as they make it.
 
-A weight [n, k] becomes int8 or float8 (e4m3). A kernel multiplies the narrow numbers, exact in bf16, and
-scales its accumulator. `PLANS` says what plans have: weights with one scale for each output channel n and
-`WEIGHT_GROUP` inputs, or weights with one scale for the channel and activations with one for each token,
-found as it comes. One scale for a whole tensor of activations, found by calibration, is here to be measured.
+A weight [n, k] becomes int8 or float8 (e4m3). A kernel multiplies the narrow numbers, as they are or widened
+to bf16, which holds them exactly, and scales its accumulator. `PLANS` says what plans have: weights with one
+scale for each output channel n and `WEIGHT_GROUP` inputs, or weights with one scale for the channel and
+activations with one for each token, found as it comes. One scale for a whole tensor of activations, found by
+calibration, is here to be measured.
 The decoders made here compute in float32 on numbers rounded as an engine of that precision rounds them: the
 numerics gate measures with them what a precision costs.
 
@@ -98,8 +99,10 @@ class Quantization:
 
     def input(self, x: Tensor) -> Tensor:
         """What becomes of a layer's inputs [T, k], float32."""
-        rotation = self.rotation(x.shape[-1]) if self.inputs else 1
-        return rotated(_by_token(rotated(x, rotation), self.narrow), rotation) if self.inputs else x
+        if not self.inputs:
+            return x
+        rotation = self.rotation(x.shape[-1])
+        return rotated(_by_token(rotated(x, rotation), self.narrow), rotation)
 
 
 PLANS: Mapping[Precision, Quantization] = {
@@ -114,7 +117,7 @@ PLANS: Mapping[Precision, Quantization] = {
 def rotated(x: Tensor, rotation: int) -> Tensor:
     """Rows [..., k] with each `rotation` inputs, a power of two that divides k, times a Hadamard matrix.
 
-    It is Sylvester's, over the root of its size: symmetric and orthogonal, so that twice is not at all.
+    It is Sylvester's, over the root of its size: symmetric and orthogonal, so that rotating twice gives x.
     """
     if rotation == 1:
         return x

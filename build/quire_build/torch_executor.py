@@ -43,6 +43,7 @@ KV_DTYPES: Mapping[KvCacheDtype, torch.dtype] = {
     "fp16": torch.float16,
     "fp8": torch.float8_e4m3fn,
 }
+"""Of the pool's elements, by their names in the manifest."""
 
 
 class TorchExecutor:

@@ -516,10 +516,11 @@ def measure_alone(results: Results, plan: Path) -> None:
 
 def check_precision(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
     """The project's own checkpoint through the whole build, then two layers of 8b's shape against float32."""
-    from quire_build.pipeline import build  # needs tritonclient
+    from quire_build.pipeline import KvCacheChoice, build  # needs tritonclient
 
     precisions: tuple[Precision, ...] = ("bf16", "fp16", *PLANS)
-    for precision, kv_cache_dtype in (*((name, "auto") for name in precisions), ("bf16", "fp8")):
+    variants: list[tuple[Precision, KvCacheChoice]] = [(name, "auto") for name in precisions]
+    for precision, kv_cache_dtype in [*variants, ("bf16", "fp8")]:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "repository"
             build(
@@ -527,7 +528,7 @@ def check_precision(results: CheckedResults, options: argparse.Namespace, clock:
                 output,
                 runtime="tensorrt",
                 precision=precision,
-                kv_cache_dtype="fp8" if kv_cache_dtype == "fp8" else "auto",
+                kv_cache_dtype=kv_cache_dtype,
                 engine=EnginePlacement.IN_PROCESS,
                 gate_text=SMALL_CHECKPOINT / "held-out.txt",
                 accept_numerics=True,

@@ -4,10 +4,10 @@
 
 For each kind of layer and number of rows, bfloat16: CUDA graph replays over several weights, so that no cache
 helps. With --precision numbers are of eight bits as in a plan of that precision, beside cuBLAS's of bfloat16,
-and what quantises the rows of W8A8 is measured by itself; with --hosted only tiles that
-fit the shared memory of a plan that Triton hosts. The candidates are compiled first, by all processors; the
-most promising are measured first, and what the time does not suffice for is left out. `linear_tiles.py` holds
-what came out of this.
+and what quantises the rows of W8A8 is measured by itself; with --hosted only tiles that fit the shared memory
+of a plan that Triton hosts. The candidates are compiled first, by all processors; the most promising are
+measured first, and what the time does not suffice for is left out. `linear_tiles.py` holds what came out of
+this.
 """
 
 # mypy: disable-error-code="import-untyped,no-untyped-call"

@@ -63,7 +63,7 @@ def _store_partial(plane, acc, first_column, rows, N: tl.constexpr, GATED: tl.co
 
 @triton.jit
 def row_scale(squares, row, num_rows, K: tl.constexpr, EPSILON: tl.constexpr):
-    """What a norm multiplies each row with: one over its root mean square."""
+    """What a norm multiplies each row with, float32 [rows]: one over its root mean square."""
     SUMS: tl.constexpr = K // SQUARES_WIDTH
     row_mask = row < num_rows
     total = tl.zeros(row.shape, tl.float32)
@@ -82,7 +82,7 @@ def row_scale(squares, row, num_rows, K: tl.constexpr, EPSILON: tl.constexpr):
 
 @triton.jit
 def residual_tile(residual, row, first_column, num_rows, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of the rows that a layer's result is added to."""
+    """Of the rows that a layer's result is added to, [rows, BLOCK_N] from ``first_column`` on."""
     n = first_column + tl.arange(0, BLOCK_N)
     mask = (row < num_rows)[:, None] & (n < N)[None, :]
     return tl.load(residual + row.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
@@ -113,7 +113,8 @@ def finish(
     """Everything behind the product, for the columns from ``first_column`` on.
 
     Args:
-        up: the up projection's columns; not used unless GATED.
+        acc: float32 [BLOCK_M, BLOCK_N], the product; the gate's columns when GATED.
+        up: as large, the up projection's columns; not used unless GATED.
         scale: `row_scale`; not used unless NORMED.
         before: `residual_tile`; not used unless RESIDUAL.
     """
@@ -173,7 +174,7 @@ def _read_and_finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`finish` with what it wants read here."""
+    """`finish`, for those that have not read `row_scale` and `residual_tile` before."""
     scale = row
     before = acc
     if NORMED:
@@ -237,7 +238,7 @@ def linear(
         scales: [ceil(K / WEIGHT_GROUP), N], twice as wide when GATED: of the weight, by groups of inputs; not
             read unless there is a WEIGHT_GROUP.
         narrow_x: ``x`` in the weight's type, four to an int32; not read unless NARROW_ROWS.
-        x_scales: float32 [num_rows], of the rows of ``narrow_x``.
+        x_scales: float32 [num_rows], of the rows of ``narrow_x``; likewise.
         engine_state: says how many rows the step has, and lends each tile a counter while there are splits.
         num_splits: parts of K, at most SPLITS.
         out: out, [num_rows, N]: silu(gate) * up when GATED.

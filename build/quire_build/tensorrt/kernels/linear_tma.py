@@ -18,7 +18,7 @@ from quire_build.tensorrt.kernels.linear import finish, halves, residual_tile, r
 from quire_build.tensorrt.kernels.step_size import used
 
 ROW_TILES_PER_GROUP = tl.constexpr(4)
-"""Row tiles that go through the columns together. It divides the programs, so that one keeps its rows."""
+"""Row tiles that go through the columns together. Where it divides PROGRAMS, a program keeps its rows."""
 LARGEST_EPILOGUE = tl.constexpr(128 * 128)
 """Elements of a result that a program has registers for; a larger tile is finished by halves."""
 
@@ -60,9 +60,9 @@ def linear_tma(
     Grid: (PROGRAMS,). Parameters and constants are those of `linear`, but for these:
 
     Args:
-        weight: and x or narrow_x: their rows take multiples of 16 bytes.
-        partial: not used.
-        WEIGHT_FLOAT: as in `linear`; with NARROW_ROWS only is a weight of eight bits.
+        x, narrow_x, weight: the rows of those that are read take multiples of 16 bytes. Weights have eight
+            bits when NARROW_ROWS and only then.
+        partial: not used, but the outputs of the operator are passed in order.
         PROGRAMS: as many as there are multiprocessors.
         BLOCK_N: half of it is a multiple of SQUARES_WIDTH when RESIDUAL.
     """
