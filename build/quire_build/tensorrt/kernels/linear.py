@@ -33,7 +33,7 @@ SUMS_AT_ONCE = tl.constexpr(64)
 """Sums of squares of a row that are read together."""
 ROW_TILES_PER_GROUP = tl.constexpr(8)
 """Row tiles that go through the columns together, so that memory is read once for all of them."""
-WHOLE_EPILOGUE = tl.constexpr(128 * 128)
+HALVED_FROM = tl.constexpr(128 * 128)
 """Elements from which on a tile is finished by halves: its way to memory leads through shared memory."""
 
 
@@ -367,7 +367,7 @@ def linear(
             )  # fmt: skip
             return
 
-    if not GATED and BLOCK_M * BLOCK_N >= WHOLE_EPILOGUE:
+    if not GATED and BLOCK_M * BLOCK_N >= HALVED_FROM:
         left, right = halves(acc)
         _read_and_finish(
             left, left, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
