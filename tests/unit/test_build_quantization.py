@@ -16,7 +16,7 @@ import torch
 
 from quire.errors import BuildError
 from quire.execution.manifest import EngineLimits, GateReport
-from quire_build import pipeline, quantization
+from quire_build import gate, pipeline, quantization
 from quire_build.calibration import calibrate
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig
@@ -209,6 +209,7 @@ def test_a_plan_of_eight_bits_is_held_against_the_module_rounded_to_its_model_ty
             )
 
     monkeypatch.setattr(pipeline, "load_decoder", lambda source, length: copy.deepcopy(decoder))
+    monkeypatch.setattr(gate, "NUM_NEW_TOKENS", 2)  # steps of one token take most of the time
     source: Any = SimpleNamespace(config=CONFIG)
     builder: Any = Builder()
 
