@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from quire import __version__
 from quire.errors import QuireError, StartupError
+from quire.execution.manifest import Precision
 from quire.interface import EnginePlacement
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ def build(
         typer.Option(help="openvino for CPUs, tensorrt for the GPU of this machine."),
     ] = "openvino",
     precision: Annotated[
-        Literal["float32", "bf16", "fp16", "int8", "fp8", "int8-weights", "fp8-weights"] | None,
+        Precision | None,
         typer.Option(
             help="What the engine computes in. On GPUs int8 and fp8 have weights and activations of 8 bits "
             "(W8A8), int8-weights and fp8-weights weights alone (W8A16). Default: float32 on CPUs, bf16 on "

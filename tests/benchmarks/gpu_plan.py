@@ -33,12 +33,7 @@ from quire_build.torch_executor import KV_DTYPES
 
 LIMITS = EngineLimits(max_num_seqs=1024, max_num_batched_tokens=8192, max_model_len=4096)
 DTYPES: dict[Precision, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.bfloat16,
-    "fp8": torch.bfloat16,
-    "int8-weights": torch.bfloat16,
-    "fp8-weights": torch.bfloat16,
+    precision: KV_DTYPES[own] for precision, (own, *_) in TensorRTBuilder.kv_cache_dtypes.items()
 }
 """Of activations and weights that are not quantised."""
 STANDARD_DEVIATION = 0.02

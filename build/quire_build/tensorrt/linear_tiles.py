@@ -155,7 +155,6 @@ DEEP_FP8_GATED: tuple[Shape, ...] = (
 """Tiles for programs that may have nearly all shared memory of a multiprocessor: from 64 rows on, both
 operands of a matrix instruction come from there, and it takes that many stages for memory to keep up."""
 
-
 TMA_PLAIN: tuple[Shape, ...] = (
     (128, 64, 128, 8, 4),
     (128, 128, 64, 8, 5),
@@ -174,13 +173,22 @@ TMA_NARROW_GATED: tuple[Shape, ...] = ((128, 64, 128, 8, 5), (128, 128, 128, 8, 
 ROW_ALIGNMENT = 16
 """Bytes that rows take multiples of, where the accelerator is to move them."""
 
-SHAPES: Mapping[Operands, tuple[tuple[Shape, ...], ...]] = {
-    "wide": (PLAIN, GATED, DEEP_PLAIN, DEEP_GATED),
-    "widened": (WIDENED_PLAIN, WIDENED_GATED, DEEP_WIDENED_PLAIN, DEEP_WIDENED_GATED),
-    "int8": (NARROW_PLAIN, NARROW_GATED, DEEP_INT8_PLAIN, DEEP_INT8_GATED),
-    "fp8": (NARROW_PLAIN, NARROW_GATED, DEEP_FP8_PLAIN, DEEP_FP8_GATED),
+Shapes = Mapping[Operands, tuple[tuple[Shape, ...], tuple[Shape, ...]]]
+"""Of plain layers and of gated ones."""
+
+SHALLOW: Shapes = {
+    "wide": (PLAIN, GATED),
+    "widened": (WIDENED_PLAIN, WIDENED_GATED),
+    "int8": (NARROW_PLAIN, NARROW_GATED),
+    "fp8": (NARROW_PLAIN, NARROW_GATED),
 }
-TMA_SHAPES: Mapping[Operands, tuple[tuple[Shape, ...], ...]] = {
+DEEP: Shapes = {
+    "wide": (DEEP_PLAIN, DEEP_GATED),
+    "widened": (DEEP_WIDENED_PLAIN, DEEP_WIDENED_GATED),
+    "int8": (DEEP_INT8_PLAIN, DEEP_INT8_GATED),
+    "fp8": (DEEP_FP8_PLAIN, DEEP_FP8_GATED),
+}
+MOVED: Shapes = {
     "wide": (TMA_PLAIN, TMA_GATED),
     "widened": ((), ()),
     "int8": (TMA_NARROW_PLAIN, TMA_NARROW_GATED),
@@ -201,14 +209,10 @@ def tiles(
         operands: what is multiplied. Where weights are widened, every block_k divides `WEIGHT_GROUP`.
         shared_bytes: shared memory that a program may have.
     """
-    plain, two, deep_plain, deep_two = SHAPES[operands]
-    shapes, deep = (two, deep_two) if gated else (plain, deep_plain)
-    moved = TMA_SHAPES[operands][gated]
-    if max(tile_bytes(shape, gated, operands) for shape in (*deep, *moved)) <= shared_bytes:
-        # So much shared memory have GPUs from Hopper on, and those have the accelerator.
-        shapes = deep
-    else:
-        moved = ()
+    shapes, moved = DEEP[operands][gated], MOVED[operands][gated]
+    if max(tile_bytes(shape, gated, operands) for shape in (*shapes, *moved)) > shared_bytes:
+        # As much shared memory as moved tiles want have GPUs from Hopper on, which have the accelerator.
+        shapes, moved = SHALLOW[operands][gated], ()
     if k * (2 if operands == "wide" else 1) % ROW_ALIGNMENT:
         moved = ()
     return (

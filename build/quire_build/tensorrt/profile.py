@@ -19,12 +19,13 @@ from typing import Any
 
 from quire.errors import BuildError, CheckpointError
 from quire.execution.engine_state import POOL_HEADER_BYTES, STEP_MARK, engine_state_elements
-from quire.execution.manifest import Manifest, PlanDetails, Precision, read_manifest
+from quire.execution.manifest import Manifest, PlanDetails, read_manifest
 from quire.execution.tensorrt.library import tensorrt_module
 from quire.execution.tensorrt.shared_memory import allow_shared_memory
 from quire.interface import LLM, PLAN_FILE, EnginePlacement
 from quire_build.decoder_config import DecoderConfig
 from quire_build.repository import VERSION, engine_dir
+from quire_build.tensorrt.builder import MODEL_ELEMENT_BYTES
 from quire_build.tensorrt.machine import copy_bandwidth_gb_s, this_gpu
 
 KINDS: Mapping[str, str] = {
@@ -39,16 +40,6 @@ REST = "rest"
 BATCHES = (1, 32, 256)
 CONTEXT = 1024
 STEPS, WARM_UP_STEPS = 20, 3
-ELEMENT_BYTES: Mapping[Precision, int] = {
-    "float32": 4,
-    "bf16": 2,
-    "fp16": 2,
-    "int8": 1,
-    "fp8": 1,
-    "int8-weights": 1,
-    "fp8-weights": 1,
-}
-"""Of most weights."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +92,8 @@ def profile_repository(
         ManifestError: the repository has no engine.
         BuildError: its engine is no plan, or there is no TensorRT or no GPU, or TensorRT refuses the plan.
     """
+    from quire_build.quantization import PLANS
+
     directory = next(
         (found for placement in EnginePlacement if (found := engine_dir(repository, placement)).is_dir()),
         engine_dir(repository, EnginePlacement.HOSTED),
@@ -112,7 +105,7 @@ def profile_repository(
     if not 1 <= context <= limits.max_model_len:
         raise BuildError(f"the context is {context} tokens; the engine takes 1 to {limits.max_model_len}")
     config_file = repository / LLM / VERSION / "config.json"
-    read_bytes = weight_bytes(config_file, ELEMENT_BYTES[manifest.precision])
+    read_bytes = weight_bytes(config_file, 1 if manifest.precision in PLANS else MODEL_ELEMENT_BYTES)
     tensorrt_module()
     this_gpu()
     bandwidth = copy_bandwidth_gb_s()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire_build.quantization import LARGEST
 from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
 
-LARGEST_E4M3 = tl.constexpr(448.0)
-"""The largest number of e4m3."""
+LARGEST_E4M3 = tl.constexpr(LARGEST["fp8"])
 
 
 @triton.jit(do_not_specialize=["layer"])

@@ -62,6 +62,27 @@ def _store_partial(plane, acc, first_column, rows, N: tl.constexpr, GATED: tl.co
 
 
 @triton.jit
+def multiplied(a, w, acc, EXACT: tl.constexpr, NARROW_ROWS: tl.constexpr):
+    """``acc`` plus rows [BLOCK_M, BLOCK_K] times weights [columns, BLOCK_K] of the same type."""
+    if EXACT:
+        acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.int32)
+    elif NARROW_ROWS:
+        # Hopper's matrix unit keeps too few bits of sums of e4m3: they leave it after each tile.
+        acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=a.shape[1])
+    else:
+        acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def scaled(acc, x_scales, row, num_rows, scale_of_tile, w_mask):
+    """A product of numbers of eight bits, times the scales of its rows and of its columns."""
+    of_row = tl.load(x_scales + row, mask=row < num_rows, other=0.0)
+    of_column = tl.load(scale_of_tile, mask=w_mask, other=0.0).to(tl.float32)
+    return acc.to(tl.float32) * of_row[:, None] * of_column[None, :]
+
+
+@triton.jit
 def row_scale(squares, row, num_rows, K: tl.constexpr, EPSILON: tl.constexpr):
     """What a norm multiplies each row with, float32 [rows]: one over its root mean square."""
     SUMS: tl.constexpr = K // SQUARES_WIDTH
@@ -320,17 +341,10 @@ def linear(
             group = min(start + BLOCK_K, K - 1) // WEIGHT_GROUP
             next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
             acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee") * scale
-        elif EXACT:
-            acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.int32)
-        elif NARROW_ROWS:
-            # Hopper's matrix unit keeps too few bits of sums of e4m3: they leave it after each tile.
-            acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=BLOCK_K)
         else:
-            acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+            acc = multiplied(a, w, acc, EXACT, NARROW_ROWS)
     if NARROW_ROWS:
-        of_row = tl.load(x_scales + row, mask=row_mask, other=0.0)
-        of_column = tl.load(scale_of_tile, mask=w_n < N, other=0.0).to(tl.float32)
-        acc = acc.to(tl.float32) * of_row[:, None] * of_column[None, :]
+        acc = scaled(acc, x_scales, row, num_rows, scale_of_tile, w_n < N)
 
     if SPLITS > 1:
         if splits_used > 1:

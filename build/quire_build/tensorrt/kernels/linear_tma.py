@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire_build.tensorrt.kernels.linear import finish, halves, residual_tile, row_scale
+from quire_build.tensorrt.kernels.linear import finish, halves, multiplied, residual_tile, row_scale, scaled
 from quire_build.tensorrt.kernels.step_size import used
 
 ROW_TILES_PER_GROUP = tl.constexpr(4)
@@ -101,19 +101,11 @@ def linear_tma(
         for start in range(0, K, BLOCK_K):
             a = x_tiles.load([row_tile * BLOCK_M, start])
             w = w_tiles.load([0, first_column, start]).reshape(WIDTH, BLOCK_K)
-            if EXACT:
-                acc = tl.dot(a, tl.trans(w), acc, out_dtype=tl.int32)
-            elif NARROW_ROWS:
-                # Hopper's matrix unit keeps too few bits of sums of e4m3: they leave it after each tile.
-                acc = tl.dot(a, tl.trans(w), acc, max_num_imprecise_acc=BLOCK_K)
-            else:
-                acc = tl.dot(a, tl.trans(w), acc, input_precision="ieee")
+            acc = multiplied(a, w, acc, EXACT, NARROW_ROWS)
         if NARROW_ROWS:
             of_tile = tl.arange(0, WIDTH)
             w_n = first_column + of_tile % BLOCK_N
-            of_row = tl.load(x_scales + row, mask=row < num_rows, other=0.0)
-            of_column = tl.load(scales + of_tile // BLOCK_N * N + w_n, mask=w_n < N, other=0.0)
-            acc = acc.to(tl.float32) * of_row[:, None] * of_column.to(tl.float32)[None, :]
+            acc = scaled(acc, x_scales, row, num_rows, scales + of_tile // BLOCK_N * N + w_n, w_n < N)
 
         if BY_HALVES and not GATED:
             HALF: tl.constexpr = BLOCK_N // 2
