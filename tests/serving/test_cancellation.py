@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from tests.serving.running_server import ENDLESS, PROMPT, QUIRE, RunningServer, hear_signals
+from tests.serving.running_server import ENDLESS, PROMPT, QUIRE, RunningServer, hear_signals, serving
 from tests.serving.watch import Watch
 
 from quire_client import AsyncClient, Client, RequestCancelledError, RequestTimeoutError
@@ -66,6 +68,34 @@ def test_cancelled_tasks_free_their_blocks(watch: Watch, server: RunningServer) 
             assert all(isinstance(result, asyncio.CancelledError) for result in results)
 
     asyncio.run(start_and_cancel())
+
+
+def test_streams_cancelled_together_do_not_crash_the_server(in_process_repository: Path) -> None:
+    """Threads of the gRPC frontend that fall behind leave ends of writes in its queue while requests end."""
+
+    async def start_and_cancel(url: str) -> None:
+        async with AsyncClient(url, timeout_s=120) as client:
+            streams = [client.stream(PROMPT, **ENDLESS) for _ in range(256)]
+            await asyncio.gather(*(anext(aiter(stream)) for stream in streams))
+            for stream in streams:
+                stream.cancel()
+
+    with serving(in_process_repository, "--kv-cache-bytes=512MiB") as server:
+        make_grpc_threads_wait_for_others(server.tree()[1])
+        for _ in range(6):
+            asyncio.run(start_and_cancel(server.ports.grpc_url))
+        with Client(server.ports.grpc_url) as client:
+            assert client.generate(PROMPT, max_tokens=2, temperature=0).num_output_tokens == 2
+        server.interrupt()
+        assert server.wait() == 0, server.output
+
+
+def make_grpc_threads_wait_for_others(tritonserver: int) -> None:
+    """Give the threads that gRPC's server has started, and those after them, what time others leave."""
+    threads = sorted(Path(f"/proc/{tritonserver}/task").iterdir(), key=lambda path: int(path.name))
+    names = [(path / "comm").read_text().strip() for path in threads]
+    for path in threads[names.index("timer_manager") :]:
+        os.sched_setscheduler(int(path.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 def test_an_http_client_that_hangs_up_frees_its_blocks(watch: Watch, server: RunningServer) -> None:

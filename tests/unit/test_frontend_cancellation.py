@@ -1,4 +1,4 @@
-"""The cancellation poller: every request is asked about until it ends, and cancelled once."""
+"""The cancellation poller: every request is asked about until it ends, cancelled once, and ended later."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from quire.serving.frontend.cancellation import CancellationPoller
+from quire.serving.frontend.cancellation import END_DELAY_S, CancellationPoller
 
 PATIENCE_S = 30.0
 
@@ -22,6 +22,7 @@ class FakeRequest:
     unanswerable: bool = False
     asked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     cancelled: threading.Event = field(default_factory=threading.Event)
+    over: threading.Event = field(default_factory=threading.Event)
 
     def is_cancelled(self) -> bool:
         assert not self.cancelled.is_set(), "asked about again after it was cancelled"
@@ -31,9 +32,26 @@ class FakeRequest:
         return self.gone
 
 
+@dataclass
+class FakeClock:
+    """A clock that the test sets."""
+
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def poller() -> Iterator[CancellationPoller[FakeRequest]]:
-    poller = CancellationPoller[FakeRequest](lambda request: request.cancelled.set())
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def poller(clock: FakeClock) -> Iterator[CancellationPoller[FakeRequest]]:
+    poller = CancellationPoller[FakeRequest](
+        lambda request: request.cancelled.set(), lambda request: request.over.set(), clock
+    )
     yield poller
     poller.close(PATIENCE_S)
 
@@ -75,3 +93,33 @@ def test_one_that_cannot_be_asked_about_does_not_keep_others_from_it(
     poller.watch(unanswerable)
     poller.watch(gone)
     assert gone.cancelled.wait(PATIENCE_S)
+
+
+def test_a_cancelled_request_ends_when_its_last_write_has_been_reported(
+    poller: CancellationPoller[FakeRequest], clock: FakeClock
+) -> None:
+    first, second, going_on = FakeRequest(gone=True), FakeRequest(), FakeRequest()
+    for request in (first, second, going_on):
+        poller.watch(request)
+    assert first.cancelled.wait(PATIENCE_S)
+    clock.now += END_DELAY_S - 0.1
+    second.gone = True
+    assert second.cancelled.wait(PATIENCE_S)
+    assert is_asked_about(going_on, times=3)
+    assert not first.over.is_set()
+    clock.now += 0.2
+    assert first.over.wait(PATIENCE_S)
+    assert is_asked_about(going_on, times=3)
+    assert not second.over.is_set()
+    clock.now += END_DELAY_S
+    assert second.over.wait(PATIENCE_S)
+
+
+def test_a_cancelled_request_ends_when_no_other_is_left(
+    poller: CancellationPoller[FakeRequest], clock: FakeClock
+) -> None:
+    request = FakeRequest(gone=True)
+    poller.watch(request)
+    assert request.cancelled.wait(PATIENCE_S)
+    clock.now += END_DELAY_S
+    assert request.over.wait(PATIENCE_S)

@@ -179,11 +179,20 @@ def test_a_cancelled_request_is_aborted_and_ends_as_cancelled(frontend: Frontend
     request_id, client = frontend.accept()
     other_id, other = frontend.accept()
     client.cancelled = True
-    assert isinstance(client.result(), RequestCancelledError)
     assert frontend.channel.abort_arrived.acquire(timeout=PATIENCE_S)
     assert frontend.channel.aborted == [request_id]
     frontend.step({request_id: 7, other_id: 7}, {other_id: "length"})
     assert isinstance(other.result(), GenerationResponse)
+    assert isinstance(client.result(), RequestCancelledError)
+    assert len(client.responses) == 1
+
+
+def test_closing_ends_what_is_cancelled_but_has_not_ended(byte_level_tokenizer: Tokenizer) -> None:
+    with open_frontend(byte_level_tokenizer) as frontend:
+        _, client = frontend.accept()
+        client.cancelled = True
+        assert frontend.channel.abort_arrived.acquire(timeout=PATIENCE_S)
+    assert isinstance(client.result(), RequestCancelledError)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,22 @@ def test_an_error_takes_the_place_of_what_was_still_to_come(byte_level_tokenizer
     assert stream.ended_early
 
 
+def test_what_is_withheld_comes_after_its_release(byte_level_tokenizer: Tokenizer) -> None:
+    stream = ResponseStream(request(byte_level_tokenizer), byte_level_tokenizer)
+    ids = output_ids(byte_level_tokenizer, " the dog")
+    stream.add_token(ids[0])
+    stream.withhold()
+    assert stream.take_response() is None
+    stream.add_token(ids[1])
+    stream.finish("length")
+    assert stream.take_response() is None
+    assert not stream.ended
+    stream.release()
+    response = stream.take_response()
+    assert isinstance(response, GenerationResponse)
+    assert (response.output_ids, response.finish_reason) == (ids[:2], "length")
+
+
 @pytest.mark.parametrize("later", [PeerLostError("later"), RequestCancelledError("later")])
 def test_the_first_end_counts(byte_level_tokenizer: Tokenizer, later: QuireError) -> None:
     stream = ResponseStream(request(byte_level_tokenizer), byte_level_tokenizer)

@@ -99,7 +99,7 @@ class OutstandingRequests:
         self._requests: dict[str, OutstandingRequest] = {}
         self._lock = threading.Lock()
         self._senders = SenderPool(self._send_next, NUM_SENDERS)
-        self._poller = CancellationPoller(self._cancel)
+        self._poller = CancellationPoller(self._cancel, self._end_cancelled)
         self._had_contact = False
         self._channel = open_channel(self._on_step, self._on_refusal, self._on_lost)
 
@@ -122,7 +122,10 @@ class OutstandingRequests:
     def close(self, timeout_s: float) -> None:
         """End what is outstanding and all threads, waiting at most `timeout_s` seconds for each thread."""
         self._poller.close(timeout_s)
-        self._fail(self._snapshot(), PeerLostError("the server is stopping; try again later"))
+        outstanding = self._snapshot()
+        for request in outstanding:
+            request.stream.release()
+        self._fail(outstanding, PeerLostError("the server is stopping; try again later"))
         self._senders.close(timeout_s)
         self._channel.close()
 
@@ -155,7 +158,14 @@ class OutstandingRequests:
             )
 
     def _cancel(self, outstanding: OutstandingRequest) -> None:
-        self._fail([outstanding], RequestCancelledError("the client closed its stream or cancelled"))
+        """Nobody waits any more: the scheduler need not go on, and nothing is sent for now."""
+        outstanding.stream.withhold()
+        outstanding.stream.fail(RequestCancelledError("the client closed its stream or cancelled"))
+        self._channel.abort([outstanding.request_id])
+
+    def _end_cancelled(self, outstanding: OutstandingRequest) -> None:
+        outstanding.stream.release()
+        self._senders.wake([outstanding])
 
     def _fail(self, requests: list[OutstandingRequest], error: QuireError) -> None:
         for outstanding in requests:

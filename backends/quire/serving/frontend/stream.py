@@ -33,7 +33,7 @@ class GenerationResponse:
 class ResponseStream:
     """The responses of one request, in order: any number of deltas, then exactly one final response.
 
-    `add_token`, `finish` and `fail` may be called from any thread, `take_response` from one at a time.
+    `take_response` may be called from one thread at a time, everything else from any thread.
 
     Args:
         request: what was asked for.
@@ -52,6 +52,7 @@ class ResponseStream:
         self._num_output_tokens = 0
         self.ended = False
         """Whether the final response has been taken."""
+        self._withheld = False
 
     @property
     def waits_for_end(self) -> bool:
@@ -76,6 +77,14 @@ class ResponseStream:
         """The request ends with an error, in place of what it may still have to say."""
         self._set_end(error)
 
+    def withhold(self) -> None:
+        """Have nothing to send, not even the final response, until `release`."""
+        self._withheld = True
+
+    def release(self) -> None:
+        """Undo `withhold`."""
+        self._withheld = False
+
     def _set_end(self, end: FinishReason | QuireError) -> None:
         """The first end counts."""
         with self._lock:
@@ -84,7 +93,7 @@ class ResponseStream:
 
     def take_response(self) -> GenerationResponse | QuireError | None:
         """What there is to send now: a delta, the final response, the final error, or nothing yet."""
-        if self.ended:
+        if self.ended or self._withheld:
             return None
         with self._lock:
             token_ids, self._arrived = self._arrived, []
