@@ -33,6 +33,10 @@ SUMS_AT_ONCE = tl.constexpr(64)
 """Sums of squares of a row that are read together."""
 ROW_TILES_PER_GROUP = tl.constexpr(8)
 """Row tiles that go through the columns together, so that memory is read once for all of them."""
+FEW_ROWS = tl.constexpr(16)
+"""Rows of a tile whose sums of squares a program has registers for all along."""
+SMALL_TILE = tl.constexpr(64 * 64)
+"""Elements of a result up to which the same holds of what is added to it."""
 HALVED_FROM = tl.constexpr(128 * 128)
 """Elements from which on a tile is finished by halves: its way to memory leads through shared memory."""
 
@@ -102,6 +106,15 @@ def row_scale(squares, row, num_rows, K: tl.constexpr, EPSILON: tl.constexpr):
 
 
 @triton.jit
+def _sums_of_squares(squares, row, num_rows, K: tl.constexpr):
+    """All that `row_scale` adds up, float32 [rows, a power of two]: asked for early, it costs no time."""
+    SUMS: tl.constexpr = K // SQUARES_WIDTH
+    place = tl.arange(0, triton.next_power_of_2(SUMS))
+    mask = (row < num_rows)[:, None] & (place < SUMS)[None, :]
+    return tl.load(squares + row[:, None] * SUMS + place[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def residual_tile(residual, row, first_column, num_rows, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of the rows that a layer's result is added to, [rows, BLOCK_N] from ``first_column`` on."""
     n = first_column + tl.arange(0, BLOCK_N)
@@ -110,15 +123,22 @@ def residual_tile(residual, row, first_column, num_rows, N: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def next_gain(next_norm, first_column, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The next norm's weight for the same columns, [BLOCK_N]."""
+    n = first_column + tl.arange(0, BLOCK_N)
+    return tl.load(next_norm + n, mask=n < N, other=0.0)
+
+
+@triton.jit
 def finish(
     acc,
     up,
     scale,
     before,
+    gain,
     row,
     first_column,
     num_rows,
-    next_norm,
     bias,
     out,
     normed,
@@ -138,6 +158,7 @@ def finish(
         up: as large, the up projection's columns; not used unless GATED.
         scale: `row_scale`; not used unless NORMED.
         before: `residual_tile`; not used unless RESIDUAL.
+        gain: `next_gain`; likewise.
     """
     row_mask = row < num_rows
     n = first_column + tl.arange(0, BLOCK_N)
@@ -159,8 +180,8 @@ def finish(
     tl.store(out + target, result, mask=mask)
     if RESIDUAL:
         kept = tl.where(mask, result.to(tl.float32), 0.0)
-        gain = tl.load(next_norm + n, mask=n_mask, other=0.0).to(tl.float32)
-        tl.store(normed + target, (kept * gain[None, :]).to(normed.dtype.element_ty), mask=mask)
+        gained = kept * gain.to(tl.float32)[None, :]
+        tl.store(normed + target, gained.to(normed.dtype.element_ty), mask=mask)
         PARTS: tl.constexpr = BLOCK_N // SQUARES_WIDTH
         sums = tl.sum(tl.reshape(kept * kept, [BLOCK_M, PARTS, SQUARES_WIDTH]), 2)
         part = first_column // SQUARES_WIDTH + tl.arange(0, PARTS)
@@ -175,6 +196,9 @@ def finish(
 def _read_and_finish(
     acc,
     up,
+    sums,
+    before,
+    gain,
     row,
     first_column,
     num_rows,
@@ -195,15 +219,18 @@ def _read_and_finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`finish`, for those that have not read `row_scale` and `residual_tile` before."""
+    """`finish`, and before it what was not read early."""
     scale = row
-    before = acc
     if NORMED:
-        scale = row_scale(squares, row, num_rows, K, EPSILON)
-    if RESIDUAL:
+        if BLOCK_M <= FEW_ROWS:
+            scale = tl.rsqrt(tl.sum(sums, 1) / K + EPSILON)
+        else:
+            scale = row_scale(squares, row, num_rows, K, EPSILON)
+    if RESIDUAL and BLOCK_M * BLOCK_N > SMALL_TILE:
         before = residual_tile(residual, row, first_column, num_rows, N, BLOCK_N)
+        gain = next_gain(next_norm, first_column, N, BLOCK_N)
     finish(
-        acc, up, scale, before, row, first_column, num_rows, next_norm, bias, out, normed, out_squares, N,
+        acc, up, scale, before, gain, row, first_column, num_rows, bias, out, normed, out_squares, N,
         NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -325,6 +352,16 @@ def linear(
         next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
     w_tile = weight + (of_tile // BLOCK_N * N + w_n).to(tl.int64)[:, None] * K + k[None, :]
 
+    # What comes behind the product, on its way while that is computed.
+    sums = row
+    before = row
+    gain = row
+    if NORMED and BLOCK_M <= FEW_ROWS:
+        sums = _sums_of_squares(squares, row, num_rows, K)
+    if RESIDUAL and BLOCK_M * BLOCK_N <= SMALL_TILE:
+        before = residual_tile(residual, row, column * BLOCK_N, num_rows, N, BLOCK_N)
+        gain = next_gain(next_norm, column * BLOCK_N, N, BLOCK_N)
+
     EXACT: tl.constexpr = NARROW_ROWS and not WEIGHT_FLOAT
     acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.int32 if EXACT else tl.float32)
     for tile in range(begin, end):
@@ -376,26 +413,29 @@ def linear(
                     if GATED:
                         up_total += tl.load(part + BLOCK_M * N, mask=there, other=0.0, cache_modifier=".cg")
             _read_and_finish(
-                total, up_total, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
-                normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+                total, up_total, sums, before, gain, row, column * BLOCK_N, num_rows, squares, residual,
+                next_norm, bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
             return
 
     if not GATED and BLOCK_M * BLOCK_N >= HALVED_FROM:
         left, right = halves(acc)
         _read_and_finish(
-            left, left, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
-            normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
+            left, left, sums, before, gain, row, column * BLOCK_N, num_rows, squares, residual, next_norm,
+            bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M,
+            BLOCK_N // 2,
         )  # fmt: skip
         _read_and_finish(
-            right, right, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual, next_norm, bias,
-            out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N // 2,
+            right, right, sums, before, gain, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares,
+            residual, next_norm, bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
+            BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
         up = acc
         if GATED:
             acc, up = halves(acc)
         _read_and_finish(
-            acc, up, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, out,
-            normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+            acc, up, sums, before, gain, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias,
+            out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
         )  # fmt: skip

@@ -14,7 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire_build.tensorrt.kernels.linear import finish, halves, multiplied, residual_tile, row_scale, scaled
+from quire_build.tensorrt.kernels.linear import (
+    finish,
+    halves,
+    multiplied,
+    next_gain,
+    residual_tile,
+    row_scale,
+    scaled,
+)
 from quire_build.tensorrt.kernels.step_size import used
 
 ROW_TILES_PER_GROUP = tl.constexpr(4)
@@ -96,6 +104,7 @@ def linear_tma(
         if RESIDUAL and not BY_HALVES:
             # On its way while the product is computed.
             before = residual_tile(residual, row, first_column, num_rows, N, BLOCK_N)
+            gain = next_gain(next_norm, first_column, N, BLOCK_N)
 
         acc = tl.zeros([BLOCK_M, WIDTH], tl.int32 if EXACT else tl.float32)
         for start in range(0, K, BLOCK_K):
@@ -111,16 +120,19 @@ def linear_tma(
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(acc)
             before = left
+            gain = row
             if RESIDUAL:
                 before = residual_tile(residual, row, first_column, num_rows, N, HALF)
+                gain = next_gain(next_norm, first_column, N, HALF)
             finish(
-                left, left, scale, before, row, first_column, num_rows, next_norm, bias, out, normed,
+                left, left, scale, before, gain, row, first_column, num_rows, bias, out, normed,
                 out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, HALF,
             )  # fmt: skip
             if RESIDUAL:
                 before = residual_tile(residual, row, first_column + HALF, num_rows, N, HALF)
+                gain = next_gain(next_norm, first_column + HALF, N, HALF)
             finish(
-                right, right, scale, before, row, first_column + HALF, num_rows, next_norm, bias, out, normed,
+                right, right, scale, before, gain, row, first_column + HALF, num_rows, bias, out, normed,
                 out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, HALF,
             )  # fmt: skip
         else:
@@ -129,7 +141,8 @@ def linear_tma(
                 acc, up = halves(acc)
             if not RESIDUAL:
                 before = acc
+                gain = row
             finish(
-                acc, up, scale, before, row, first_column, num_rows, next_norm, bias, out, normed,
+                acc, up, scale, before, gain, row, first_column, num_rows, bias, out, normed,
                 out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
             )  # fmt: skip

@@ -33,7 +33,15 @@ WARPGROUP_ROWS = tl.constexpr(64)
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "blocks_per_table", "num_splits", "few_splits", "layer"]
+    do_not_specialize=[
+        "num_tokens",
+        "num_seqs",
+        "blocks_per_table",
+        "num_splits",
+        "few_splits",
+        "whole",
+        "layer",
+    ]
 )
 def paged_attention(
     query,
@@ -47,6 +55,7 @@ def paged_attention(
     blocks_per_table,
     num_splits,
     few_splits,
+    whole,
     layer,
     out,
     partial_out,
@@ -90,6 +99,7 @@ def paged_attention(
         engine_state: int64, see `quire.execution.engine_state`.
         num_splits: at most MAX_SPLITS; above 1 only where there are counters for all tiles.
         few_splits: how many a context is split into before its splits are longer than LONG_SPLIT.
+        whole: keys up to which a context is not split.
         layer: which layer's K and V of each block to read.
         out: out, [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM].
         partial_out: scratch, float32 [num_tokens, num_splits, NUM_KV_HEADS * GROUP, HEAD_DIM]; unused without
@@ -118,6 +128,13 @@ def paged_attention(
     query_end = tl.load(query_start_loc + seq + 1)
     seq_len = tl.load(seq_lens + seq)
     num_blocks = pool_blocks(engine_state, MAX_BLOCKS)
+    # The blocks of the context's first keys, before it is known whether they are needed.
+    few = tl.arange(0, FEW_KEYS) // BLOCK_SIZE
+    first_blocks = tl.load(
+        block_tables + seq.to(tl.int64) * blocks_per_table + few,
+        mask=few < tl.where(split == 0, blocks_per_table, 0),
+        other=0,
+    )
     if query_start != tile:
         seq = 0
         beyond = num_seqs
@@ -149,6 +166,7 @@ def paged_attention(
     num_keys = key_end - key_start
     share = tl.minimum(tl.cdiv(num_keys, few_splits), LONG_SPLIT)
     share = tl.maximum(tl.maximum(share, tl.cdiv(num_keys, num_splits)), MIN_SPLIT)
+    share = tl.maximum(share, tl.where(num_keys <= whole, num_keys, 0))
     share = tl.cdiv(share, FEW_KEYS) * FEW_KEYS
     splits_used = tl.maximum(tl.cdiv(num_keys, share), 1)
     if split >= splits_used:
@@ -165,6 +183,8 @@ def paged_attention(
         _attend(
             query + first_row * HEAD_DIM,
             table,
+            first_blocks,
+            (seq == tile) & (split == 0) & (begin == 0),
             keys,
             engine_state,
             out + first_row * HEAD_DIM,
@@ -194,9 +214,12 @@ def paged_attention(
             FEW_STAGES,
         )
     else:
+        row_blocks = tl.zeros([ROW_KEYS], tl.int32)
         _attend(
             query + first_row * HEAD_DIM,
             table,
+            row_blocks,
+            False,
             keys,
             engine_state,
             out + first_row * HEAD_DIM,
@@ -257,6 +280,8 @@ def paged_attention(
 def _attend(
     query,
     table,
+    first_blocks,
+    are_known,
     keys,
     engine_state,
     out,
@@ -285,7 +310,10 @@ def _attend(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attend a tile's rows to the keys from begin to end; pointers are those of the tile's first row."""
+    """Attend a tile's rows to the keys from begin to end; pointers are those of the tile's first row.
+
+    Where they ``are_known``, ``first_blocks`` are the blocks of the first BLOCK_N keys.
+    """
     row = tl.arange(0, BLOCK_M)
     row_mask = row < num_rows
     token = row // GROUP
@@ -316,7 +344,8 @@ def _attend(
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     offsets = pool_offsets(engine_state, POOL_OFFSETS_BYTE)
     # The blocks of the next keys are known one step before the keys themselves are fetched.
-    block = tl.load(table + (begin + column) // BLOCK_SIZE, mask=begin + column < end, other=0)
+    unknown = begin + column < tl.where(are_known, begin, end)
+    block = tl.load(table + (begin + column) // BLOCK_SIZE, mask=unknown, other=first_blocks)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         key = start + column
         key_mask = key < end
