@@ -34,7 +34,7 @@ from torch import Tensor
 from quire.execution.engine_state import NUM_COUNTERS, engine_state_elements
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import PLANS, Quantization, quantize_weights, rotated
-from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tiles
+from quire_build.tensorrt.linear_tiles import LinearTile, Operands
 from quire_build.tensorrt.machine import Gpu, this_gpu
 from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic, Quantize
 
@@ -130,7 +130,7 @@ class Weight:
 
 def candidates(layer: Linear) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
-    found = list(tiles(layer.n, layer.k, bool(layer.gated), layer.operands, layer.shared_bytes))
+    found = list(layer.tiles)
     plain, gated = SHAPES[layer.operands]
     in_use = [(t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages) for t in found if not t.tma]
     if any(tile.tma for tile in found):

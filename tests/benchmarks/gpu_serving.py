@@ -151,7 +151,8 @@ async def _run_together(url: str, num_requests: int, seed: int, barrier: Any) ->
             raise RuntimeError(f"a request ended after {num_tokens} tokens")
 
     async with AsyncClient(url, timeout_s=REQUEST_TIMEOUT_S) as client:
-        await client.is_ready()
+        if not await client.is_ready():
+            raise RuntimeError("the server is not ready, or no more")
         await asyncio.to_thread(barrier.wait, REQUEST_TIMEOUT_S)
         began = time.monotonic()
         await asyncio.gather(*(run(client, prompt) for prompt in prompts))

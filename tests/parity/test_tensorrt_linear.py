@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, eigh
     own = [
         tile
         for shared_bytes in (DEFAULT_SHARED_BYTES, HOPPER_SHARED_BYTES)
-        for tile in tiles(layer.n, layer.k, bool(layer.gated), layer.operands, shared_bytes)
+        for tile in replace(layer, shared_bytes=shared_bytes).tiles
     ]
     for tile in dict.fromkeys((*TILES, *own)):
         check(layer, rows, tile, state)
@@ -165,7 +166,7 @@ def test_the_accelerator_moves_tiles_of_many_rows(kind: str, eight_bits: str) ->
     """Several to a program; the last column cuts what is finished whole and what is finished by halves."""
     layer = Linear(k=160, n=288, **(PLAIN | KINDS[kind] | EIGHT_BITS[eight_bits]))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    own = tiles(layer.n, layer.k, bool(layer.gated), layer.operands, HOPPER_SHARED_BYTES)
+    own = replace(layer, shared_bytes=HOPPER_SHARED_BYTES).tiles
     moved = [tile for tile in own if tile.tma]
     assert moved
     for tile in moved:
@@ -313,7 +314,7 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
 def test_numbers_of_eight_bits_may_be_floats(kind: str, narrow: dict[str, Any]) -> None:
     layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | narrow))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    for tile in tiles(layer.n, layer.k, bool(layer.gated), layer.operands):
+    for tile in layer.tiles:
         check(layer, 17, tile, state)
 
 
@@ -331,7 +332,7 @@ OPERANDS: tuple[Operands, ...] = ("wide", "widened", "int8", "fp8")
 def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, operands: Operands) -> None:
     def most(shared_bytes: int) -> int:
         wanted, rows = [], []
-        for tile in tiles(4096, 4096, gated, operands, shared_bytes):
+        for tile in tiles(4096, 4096, gated, operands, shared_bytes, multiprocessors=132):
             shape = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
             wanted.append(tile_bytes(shape, gated, operands))
             rows.append((tile.tma, tile.block_m))
@@ -344,15 +345,28 @@ def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, operands: Op
     assert most(deepest) == deepest
     for shared_bytes in (DEFAULT_SHARED_BYTES, deepest - 1):
         assert most(shared_bytes) <= DEFAULT_SHARED_BYTES
-    default = tiles(4096, 4096, gated, operands)
-    assert default == tiles(4096, 4096, gated, operands, DEFAULT_SHARED_BYTES)
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_k_is_split_until_every_multiprocessor_has_programs(operands: Operands) -> None:
+    def programs(multiprocessors: int) -> list[int]:
+        cut = tiles(4096, 14336, False, operands, HOPPER_SHARED_BYTES, multiprocessors=multiprocessors)
+        return [tile.splits * (4096 // tile.block_n) for tile in cut if not tile.tma]
+
+    for multiprocessors in (58, 108, 132):
+        # At most one more split would fit what runs at a time; wide tiles have two programs at most.
+        assert all(multiprocessors <= 2 * n for n in programs(multiprocessors))
+        assert all(n <= max(3 * multiprocessors, 4096 // 32) for n in programs(multiprocessors))
+    assert max(programs(58)) < max(programs(132))
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 def test_the_accelerator_moves_whole_rows_of_16_bytes_on_hopper(gated: bool, operands: Operands) -> None:
     def moved(k: int, shared_bytes: int = HOPPER_SHARED_BYTES) -> list[LinearTile]:
-        return [tile for tile in tiles(4096, k, gated, operands, shared_bytes) if tile.tma]
+        return [
+            tile for tile in tiles(4096, k, gated, operands, shared_bytes, multiprocessors=132) if tile.tma
+        ]
 
     unit = 8 if operands == "wide" else 16
     assert bool(moved(4096)) == (operands != "widened")
@@ -432,14 +446,14 @@ for layer in (plain, gated):
     for shallow in (layer, widened, int8, fp8):
         # Those that are among the shallow ones have been compiled.
         deep = replace(shallow, shared_bytes=227 * 1024)
-        cases += [(90, deep, tactic) for tactic, tile in enumerate(deep._tiles) if tile not in shallow._tiles]
+        cases += [(90, deep, tactic) for tactic, tile in enumerate(deep.tiles) if tile not in shallow.tiles]
 floating = replace(plain, weight_group=64, weight_float=1, shared_bytes=227 * 1024)
 cases += [(90, floating, tactic) for tactic in (0, floating.num_tactics - 1)]
 cases += [(90, wide, wide.num_tactics - 1), (80, plain, plain.num_tactics - 1), (89, gated, 1)]
 cases += [(80, replace(plain, weight_group=4096, narrow_rows=1), tactic) for tactic in (1, 5)]
 cases += [(89, fp8, tactic) for tactic in (1, 4)]
 for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
-    launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer._tiles[tactic]
+    launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer.tiles[tactic]
     assert launch.max_shared_bytes == layer.shared_bytes
     types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
     assert list(types) == launch.kernel.arg_names[: len(types)]

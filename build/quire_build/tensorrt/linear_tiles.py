@@ -14,9 +14,8 @@ from typing import Literal
 from quire.execution.engine_state import NUM_COUNTERS
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 
-MULTIPROCESSORS = 128
-"""About as many as a Hopper GPU has: K is split until so many times the programs on one of them run."""
 PROGRAMS_PER_MULTIPROCESSOR = 3
+"""K is split until about so many run on each."""
 LARGE_TILE = 64 * 128
 """Elements from which on a tile's parts are so many that two programs on one are better than three."""
 MULTIPROCESSOR_BYTES = 227 * 1024
@@ -202,12 +201,15 @@ def tiles(
     gated: bool,
     operands: Operands = "wide",
     shared_bytes: int = DEFAULT_SHARED_BYTES,
+    *,
+    multiprocessors: int,
 ) -> tuple[LinearTile, ...]:
     """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first.
 
     Args:
         operands: what is multiplied. Where weights are widened, every block_k divides `WEIGHT_GROUP`.
         shared_bytes: shared memory that a program may have.
+        multiprocessors: of the GPU.
     """
     shapes, moved = DEEP[operands][gated], MOVED[operands][gated]
     if max(tile_bytes(shape, gated, operands) for shape in (*shapes, *moved)) > shared_bytes:
@@ -216,7 +218,7 @@ def tiles(
     if k * (2 if operands == "wide" else 1) % ROW_ALIGNMENT:
         moved = ()
     return (
-        *(LinearTile(_splits(n, k, gated, operands, shape), *shape) for shape in shapes),
+        *(LinearTile(_splits(n, k, gated, operands, shape, multiprocessors), *shape) for shape in shapes),
         *(LinearTile(1, *shape, tma=True) for shape in moved),
     )
 
@@ -234,10 +236,10 @@ def tile_bytes(shape: Shape, gated: bool, operands: Operands = "wide") -> int:
     return stages * stage_bytes + widened_bytes
 
 
-def _splits(n: int, k: int, gated: bool, operands: Operands, shape: Shape) -> int:
+def _splits(n: int, k: int, gated: bool, operands: Operands, shape: Shape, multiprocessors: int) -> int:
     """As many splits as it takes to fill the GPU, if k and the counters allow."""
     block_m, block_n, block_k, _, _ = shape
     columns = -(-n // block_n)
     programs = PROGRAMS_PER_MULTIPROCESSOR - (block_m * block_n * (1 + gated) >= LARGE_TILE)
     programs = min(programs, MULTIPROCESSOR_BYTES // tile_bytes(shape, gated, operands))
-    return max(1, min(programs * MULTIPROCESSORS // columns, k // (4 * block_k), 2 * NUM_COUNTERS // columns))
+    return max(1, min(programs * multiprocessors // columns, k // (4 * block_k), 2 * NUM_COUNTERS // columns))

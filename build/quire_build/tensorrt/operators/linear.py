@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from quire_build.tensorrt import linear_tiles
 from quire_build.tensorrt.kernels.linear import SQUARES_WIDTH, linear
 from quire_build.tensorrt.kernels.linear_tma import linear_tma
 from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
-from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tiles
+from quire_build.tensorrt.linear_tiles import LinearTile, Operands
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape
 
 DESCRIPTOR_BYTES = 2 * 128
@@ -71,23 +72,31 @@ class Linear:
         return "widened" if self.weight_group else "wide"
 
     @property
-    def _tiles(self) -> tuple[LinearTile, ...]:
-        return tiles(self.n, self.k, bool(self.gated), self.operands, self.shared_bytes)
+    def tiles(self) -> tuple[LinearTile, ...]:
+        """What TensorRT chooses from, one for each tactic."""
+        return linear_tiles.tiles(
+            self.n,
+            self.k,
+            bool(self.gated),
+            self.operands,
+            self.shared_bytes,
+            multiprocessors=self.multiprocessors,
+        )
 
     @property
     def num_tactics(self) -> int:
         """As many as there are tiles to choose from."""
-        return len(self._tiles)
+        return len(self.tiles)
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """Result, normed result, sums of squares, scratch, descriptors; of size 1 what is left out."""
         rows = shapes[0][0]
         width, sums = (self.n, self.n // SQUARES_WIDTH.value) if self.adds_residual else (1, 1)
         rows_of_scratch = max(
-            (tile.splits * tile.block_m for tile in self._tiles if tile.splits > 1), default=0
+            (tile.splits * tile.block_m for tile in self.tiles if tile.splits > 1), default=0
         )
         scratch = max(1, rows_of_scratch * self.n * (1 + self.gated))
-        descriptors = self.multiprocessors * DESCRIPTOR_BYTES // 4 if any(t.tma for t in self._tiles) else 1
+        descriptors = self.multiprocessors * DESCRIPTOR_BYTES // 4 if any(t.tma for t in self.tiles) else 1
         return (
             ((rows, self.n), "fp32" if self.wide_output else MODEL),
             ((rows, width), MODEL),
@@ -98,7 +107,7 @@ class Linear:
 
     def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
         """A program for each tile of the result and each split, or one for each multiprocessor."""
-        return self.launch_in(self._tiles[tactic], shapes, arithmetic)
+        return self.launch_in(self.tiles[tactic], shapes, arithmetic)
 
     def launch_in(self, tile: LinearTile, shapes: Sequence[Shape], arithmetic: Arithmetic) -> Launch:
         """The launch in tiles of the caller's choice, scratch being large enough."""
