@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -106,6 +107,20 @@ def test_a_crashed_server_is_reported_and_its_components_end(repository: Path) -
         os.kill(server.tree()[1], signal.SIGKILL)
         assert server.wait() == 1
         assert "the server ended by itself" in server.output
+
+
+def test_a_server_that_aborts_ends_whether_or_not_its_own_handler_ends_it(repository: Path) -> None:
+    with leaves_nothing(repository) as server:
+        triton = server.tree()[1]
+        resource.prlimit(triton, resource.RLIMIT_CORE, (0, 0))
+        os.kill(triton, signal.SIGABRT)
+        server.wait_for_line("Signal (6) received.")
+        error = server.wait_for_line("error: ")
+        assert server.wait() == 1
+    assert error.strip() in (
+        "error: the server ended by itself: exit status -6",
+        "error: the server crashed (signal 6) and did not end by itself",
+    )
 
 
 def test_it_stops_cleanly_as_process_1_of_a_container(repository: Path) -> None:

@@ -38,7 +38,7 @@ def read(text: str, *, loaded: bool = False, verbose: bool = False) -> tuple[Ser
     log = ServerLog(lines.append, verbose=verbose)
     if loaded:
         log.open()
-    log.follow(io.BytesIO(text.encode()), on_load_failure=failed.set)
+    log.follow(io.BytesIO(text.encode()), on_load_failure=failed.set, on_crash=lambda number: None)
     log.wait_for_end(10)
     return log, lines, failed.is_set()
 
@@ -155,6 +155,27 @@ def test_a_server_that_stops_is_not_listened_to_any_more() -> None:
     log = ServerLog(lines.append)
     log.open()
     log.shut()
-    log.follow(io.BytesIO(b"Signal (15) received.\n"), on_load_failure=lambda: None)
+    output = io.BytesIO(b"Signal (15) received.\n")
+    log.follow(output, on_load_failure=lambda: None, on_crash=lambda number: None)
     log.wait_for_end(10)
     assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("line", "crashes"),
+    [
+        *((f"Signal ({number}) received.", [number]) for number in (4, 6, 7, 8, 11)),
+        ("Signal (2) received.", []),
+        ("Signal (15) received.", []),
+        ("Signal (1) received.", []),
+        ('E1123 20:33:03.2 12 server.cc:1] "no such model: Signal (6) received."', []),
+        ("Signal (6) received. Or so a client says.", []),
+    ],
+)
+def test_a_crash_is_told_by_the_signals_that_do_not_stop_a_server(line: str, crashes: list[int]) -> None:
+    told: list[int] = []
+    log = ServerLog(lambda line: None)
+    output = io.BytesIO(f"free(): double free detected\n{line}\n 0# main\n".encode())
+    log.follow(output, on_load_failure=lambda: None, on_crash=told.append)
+    log.wait_for_end(10)
+    assert told == crashes

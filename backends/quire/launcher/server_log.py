@@ -8,6 +8,8 @@ The server waits for ever for a component's process that dies as it starts. What
 or Python itself says then is taken for a failure to load; a process that is killed says nothing, and
 `dead_children` notices it.
 
+The server itself says which signal it crashed with, and then may hang as it prints its stack.
+
 Triton's TensorRT backend captures every CUDA graph of a plan under every profile. Those that don't hold it
 refuse with several lines of errors each, about a hundred times: these say nothing about a failure.
 """
@@ -15,11 +17,14 @@ refuse with several lines of errors each, about a hundred times: these say nothi
 from __future__ import annotations
 
 import re
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import IO
 
+CRASH_SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
+"""Those that only a crash brings; the server names SIGINT and SIGTERM as it stops."""
 NUM_LAST_LINES = 20
 LAST_LINE_CHARACTERS = 240
 """Of a line that is reported while loading goes on."""
@@ -37,6 +42,8 @@ _DEATH = re.compile(r"terminate called |Fatal Python error: |\S.*: error while l
 """Last words: nobody goes on after them."""
 _CAUSE_OF_DEATH = re.compile(r" +what\(\): +(?P<cause>.*)")
 """What follows the first of them."""
+_CRASH = re.compile(rf"Signal \(({'|'.join(str(int(number)) for number in CRASH_SIGNALS)})\) received\.")
+"""The whole line: what a client has sent may stand in a line too, and must not end the server."""
 _TABLE = re.compile(r"[+|].*[+|]|")
 _NO_GPU = re.compile(r"CudaDriverHelper|pinned memory pool will not be available")
 """Complaints of a server that looks for a GPU and finds none."""
@@ -71,13 +78,24 @@ class ServerLog:
         """Whether each model has been loaded, by its name."""
         self._reader: threading.Thread | None = None
 
-    def follow(self, output: IO[bytes], *, on_load_failure: Callable[[], None]) -> None:
-        """Read `output` on a thread of its own; `on_load_failure` is called when a model fails to load."""
+    def follow(
+        self, output: IO[bytes], *, on_load_failure: Callable[[], None], on_crash: Callable[[int], None]
+    ) -> None:
+        """Read `output` on a thread of its own.
+
+        Args:
+            output: the server's, both streams in one.
+            on_load_failure: called once, when a model fails to load.
+            on_crash: called with a signal's number each time that the server says it crashed with one.
+        """
 
         def read() -> None:
             failed = False
             for raw in output:
-                self._take(raw.decode(errors="replace").rstrip("\n"))
+                line = raw.decode(errors="replace").rstrip("\n")
+                self._take(line)
+                if (crash := _CRASH.fullmatch(line)) is not None:
+                    on_crash(int(crash[1]))
                 if not failed and (self._load_failure or self._death):
                     failed = True
                     on_load_failure()

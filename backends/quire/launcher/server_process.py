@@ -34,6 +34,13 @@ READY_POLL_S = 0.1
 CHILDREN_POLL_S = 1.0
 FIRST_PROGRESS_S = 10.0
 """When the operator is told what loading waits for; then again each time that this long has doubled."""
+CRASH_GRACE_S = 5.0
+"""How long a server that crashed may take to end by itself.
+
+It prints its stack first, with a run of addr2line for each frame: half a second in all for eight frames.
+Where it crashed inside malloc, it may wait there for a lock of its own for ever. A core file that is still
+being written when the time is over stays incomplete.
+"""
 LOG_TIMEOUT_S = 0.5
 REAP_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -45,6 +52,8 @@ class _Event(enum.Enum):
     EXITED = enum.auto()
     LOAD_FAILED = enum.auto()
     DRAINED = enum.auto()
+    CRASHED = enum.auto()
+    """It crashed some time ago and is still there."""
 
 
 class _StopAtOnceError(Exception):
@@ -59,15 +68,25 @@ class ServerProcess:
         exit_timeout_s: seconds from the first signal until nothing is left.
         log: takes the server's output.
         report: called with one line for the operator at each stage.
+        crash_grace_s: seconds from a crash until the server is killed.
     """
 
     def __init__(
-        self, plan: LaunchPlan, *, exit_timeout_s: float, log: ServerLog, report: Callable[[str], None]
+        self,
+        plan: LaunchPlan,
+        *,
+        exit_timeout_s: float,
+        log: ServerLog,
+        report: Callable[[str], None],
+        crash_grace_s: float = CRASH_GRACE_S,
     ) -> None:
         self._plan = plan
         self._exit_timeout_s = exit_timeout_s
         self._log = log
         self._report = report
+        self._crash_grace_s = crash_grace_s
+        self._crash_signal: int | None = None
+        self._exited = threading.Event()
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._libc = ctypes.CDLL(None)
 
@@ -76,7 +95,7 @@ class ServerProcess:
 
         Raises:
             StartupError: the server did not get ready.
-            QuireError: it ended by itself.
+            QuireError: it ended by itself, or cannot go on.
         """
         # Stubs whose server was killed become children of this process, which collects them.
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -108,13 +127,30 @@ class ServerProcess:
             preexec_fn=lambda: self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
         )
         assert process.stdout is not None
-        self._log.follow(process.stdout, on_load_failure=lambda: self._events.put(_Event.LOAD_FAILED))
+        self._log.follow(
+            process.stdout,
+            on_load_failure=lambda: self._events.put(_Event.LOAD_FAILED),
+            on_crash=self._give_time_to_end,
+        )
         threading.Thread(target=self._announce_exit, args=(process,), daemon=True).start()
         return process
 
     def _announce_exit(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()
+        self._exited.set()
         self._events.put(_Event.EXITED)
+
+    def _give_time_to_end(self, crash_signal: int) -> None:
+        if self._crash_signal is None:
+            self._crash_signal = crash_signal
+            threading.Thread(target=self._announce_crash, daemon=True).start()
+
+    def _announce_crash(self) -> None:
+        if not self._exited.wait(self._crash_grace_s):
+            self._events.put(_Event.CRASHED)
+
+    def _crash(self) -> str:
+        return f"the server crashed (signal {self._crash_signal}) and did not end by itself"
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], rendezvous: Rendezvous) -> bool:
         """Whether the server got ready; False where a signal came first."""
@@ -136,6 +172,8 @@ class ServerProcess:
                 case _Event.LOAD_FAILED | _Event.EXITED:
                     self._log.wait_for_end(LOG_TIMEOUT_S)
                     raise StartupError(rendezvous.reason_of_end() or self._log.failure())
+                case _Event.CRASHED:
+                    raise StartupError(rendezvous.reason_of_end() or self._crash())
                 case _:
                     pass
         self._log.open()
@@ -158,8 +196,7 @@ class ServerProcess:
             f"metrics {endpoints.local_url(endpoints.metrics_port)}/metrics; Ctrl-C stops"
         )
         if self._wait_for_end(rendezvous) is _Event.EXITED:
-            reason = rendezvous.reason_of_end() or f"exit status {process.returncode}"
-            raise QuireError(f"the server ended by itself: {reason}")
+            raise _failure(rendezvous, f"the server ended by itself: exit status {process.returncode}")
         deadline = time.monotonic() + self._exit_timeout_s
         self._drain(rendezvous.access_key, deadline - SERVER_EXIT_TIMEOUT_S)
         self._report("stopping the server")
@@ -171,15 +208,15 @@ class ServerProcess:
         """The signal to stop or the server's exit.
 
         Raises:
-            QuireError: a component's process died. Its requests would never end, and nobody can load a model
-                again here.
+            QuireError: the server crashed and is still there, or a component's process died: its requests
+                would never end, and nobody can load a model again here.
         """
         dead_children = DeadChildren(rendezvous.server)
         while (event := self._next_event(CHILDREN_POLL_S)) is None:
             if (cause := dead_children.cause_of_death(time.monotonic())) is not None:
-                if (reason := rendezvous.reason_of_end()) is not None:
-                    raise QuireError(f"the server ended by itself: {reason}")
-                raise QuireError(f"the server cannot go on: one of its processes died ({cause})")
+                raise _failure(rendezvous, f"the server cannot go on: one of its processes died ({cause})")
+        if event is _Event.CRASHED:
+            raise _failure(rendezvous, self._crash())
         return event
 
     def _drain(self, access_key: bytes, deadline: float) -> None:
@@ -230,6 +267,12 @@ class ServerProcess:
         if rendezvous is not None:
             rendezvous.remove()
         shared_memory.remove(self._plan.shm_prefix)
+
+
+def _failure(rendezvous: Rendezvous, otherwise: str) -> QuireError:
+    """Why a server that was ready is gone or has to be: what a component said about it, if one did."""
+    reason = rendezvous.reason_of_end()
+    return QuireError(otherwise if reason is None else f"the server ended by itself: {reason}")
 
 
 def _collect_group(group: int) -> bool:

@@ -1,0 +1,124 @@
+"""A server that crashes, played by a child that says so as Triton does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from quire.errors import QuireError, StartupError
+from quire.launcher.plan import SHM_DIR, SHM_PREFIX, Endpoints, LaunchPlan
+from quire.launcher.server_log import ServerLog
+from quire.launcher.server_process import ServerProcess
+
+NEVER_S = 600.0
+"""A grace period that is not over before the test is."""
+CRASH = "Signal (6) received."
+NOT_ENDED = r"^the server crashed \(signal 6\) and did not end by itself$"
+_PR_SET_CHILD_SUBREAPER = 36
+
+SERVER = """
+import http.server, os, signal, socketserver, sys
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+port, ready, crash, ends = int(sys.argv[1]), sys.argv[2] == "True", sys.argv[3], sys.argv[4] == "True"
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+if ready:
+    socketserver.TCPServer(("127.0.0.1", port), Health).handle_request()
+print(crash, flush=True)
+if ends:
+    os._exit(7)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the launcher takes from the process that it runs in, and leaves there."""
+    with TemporaryDirectory(prefix="q") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+class Run:
+    """One run of a server that crashes, once it is ready or before, and then ends or blocks for ever."""
+
+    def __init__(self, *, ready: bool, ends: bool) -> None:
+        self._ready = ready
+        self._ends = ends
+        self.reports: list[str] = []
+
+    def __call__(self, *, crash_grace_s: float, see: Callable[[str], None] = lambda line: None) -> None:
+        """Serve; `see` is called with each line of the server."""
+        with socket.socket() as unbound:
+            unbound.bind(("127.0.0.1", 0))
+            port = unbound.getsockname()[1]
+        prefix = f"{SHM_PREFIX}test-{uuid.uuid4().hex}_"
+        words = (sys.executable, "-c", SERVER, str(port), str(self._ready), CRASH, str(self._ends))
+        lines: list[str] = []
+
+        def take(line: str) -> None:
+            lines.append(line)
+            see(line)
+
+        try:
+            ServerProcess(
+                LaunchPlan(words, {}, Endpoints(http_port=port), prefix),
+                exit_timeout_s=0,
+                log=ServerLog(take, verbose=True),
+                report=self.reports.append,
+                crash_grace_s=crash_grace_s,
+            ).run()
+        finally:
+            # Whatever the server died of, nothing is left of it.
+            with pytest.raises(ProcessLookupError):
+                os.killpg(int(lines[0]), 0)
+            assert not list(SHM_DIR.glob(f"{prefix}*"))
+
+
+def test_a_server_that_crashed_and_blocks_for_ever_is_ended() -> None:
+    run = Run(ready=True, ends=False)
+    with pytest.raises(QuireError, match=NOT_ENDED):
+        run(crash_grace_s=0)
+    assert any(line.startswith("ready: ") for line in run.reports)
+
+
+def test_a_server_that_crashed_while_it_loaded_and_blocks_for_ever_is_ended() -> None:
+    with pytest.raises(StartupError, match=NOT_ENDED):
+        Run(ready=False, ends=False)(crash_grace_s=0)
+
+
+def test_a_server_that_crashed_may_end_by_itself() -> None:
+    with pytest.raises(QuireError, match=r"^the server ended by itself: exit status 7$"):
+        Run(ready=True, ends=True)(crash_grace_s=NEVER_S)
+
+
+def test_ctrl_c_is_heard_while_a_server_that_crashed_has_time_to_end() -> None:
+    def interrupt(line: str) -> None:
+        if line == CRASH:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = Run(ready=True, ends=False)
+    run(crash_grace_s=NEVER_S, see=interrupt)
+    assert run.reports[-3:] == [
+        "draining: no new requests; Ctrl-C again to kill",
+        "stopping the server",
+        "stopped",
+    ]
