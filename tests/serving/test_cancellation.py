@@ -82,7 +82,7 @@ def test_streams_cancelled_together_do_not_crash_the_server(in_process_repositor
 
     with serving(in_process_repository, "--kv-cache-bytes=512MiB") as server:
         make_grpc_threads_wait_for_others(server.tree()[1])
-        for _ in range(6):
+        for _ in range(10):
             asyncio.run(start_and_cancel(server.ports.grpc_url))
         with Client(server.ports.grpc_url) as client:
             assert client.generate(PROMPT, max_tokens=2, temperature=0).num_output_tokens == 2

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
+from tests.unit.fake_clock import FakeClock
 
 from quire.errors import (
     EngineStepError,
@@ -17,7 +18,8 @@ from quire.errors import (
     RequestCancelledError,
 )
 from quire.scheduling.sampling_params import SamplingParams
-from quire.serving.frontend.outstanding import OutstandingRequests
+from quire.serving.frontend.cancellation import END_DELAY_S
+from quire.serving.frontend.outstanding import NUM_SENDERS, OutstandingRequests
 from quire.serving.frontend.request_parsing import GenerationRequest
 from quire.serving.frontend.stream import GenerationResponse
 from quire.serving.messages import Finished, Refusal, StepTokens, Submit
@@ -28,15 +30,21 @@ PATIENCE_S = 30.0
 
 @dataclass
 class FakeClient:
-    """Keeps what it is sent; `final` is set by the last response."""
+    """Keeps what it is sent; `final` is set by the last response.
+
+    A response is taken after `before_send`, a question answered after `before_answer`.
+    """
 
     cancelled: bool = False
     reachable: bool = True
     responses: list[GenerationResponse | QuireError] = field(default_factory=list)
     arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     final: threading.Event = field(default_factory=threading.Event)
+    before_send: Callable[[], object] = lambda: None
+    before_answer: Callable[[], object] = lambda: None
 
     def send(self, response: GenerationResponse | QuireError) -> None:
+        self.before_send()
         assert not self.final.is_set(), "a response after the final one"
         if not self.reachable:
             raise ConnectionError("nobody there")
@@ -46,6 +54,7 @@ class FakeClient:
         self.arrived.release()
 
     def is_cancelled(self) -> bool:
+        self.before_answer()
         return self.cancelled
 
     def result(self) -> GenerationResponse | QuireError:
@@ -89,6 +98,7 @@ class Frontend:
     tokenizer: Tokenizer
     requests: OutstandingRequests
     channel: FakeChannel
+    clock: FakeClock
 
     def accept(self, *, stream: bool = True, stop: tuple[str, ...] = ()) -> tuple[str, FakeClient]:
         client = FakeClient()
@@ -113,9 +123,10 @@ def open_frontend(tokenizer: Tokenizer) -> Iterator[Frontend]:
         channels.append(FakeChannel(on_step, on_refusal, on_lost))
         return channels[0]
 
-    requests = OutstandingRequests(tokenizer, open_channel)
+    clock = FakeClock()
+    requests = OutstandingRequests(tokenizer, open_channel, clock)
     try:
-        yield Frontend(tokenizer, requests, channels[0])
+        yield Frontend(tokenizer, requests, channels[0], clock)
     finally:
         requests.close(PATIENCE_S)
 
@@ -175,14 +186,20 @@ def test_a_stop_string_ends_the_request_here_and_at_the_scheduler(frontend: Fron
     frontend.step({request_id: 7})
 
 
-def test_a_cancelled_request_is_aborted_and_ends_as_cancelled(frontend: Frontend) -> None:
+def test_a_cancelled_request_is_aborted_at_once_and_ends_as_cancelled_later(frontend: Frontend) -> None:
     request_id, client = frontend.accept()
-    other_id, other = frontend.accept()
+    others = dict(frontend.accept() for _ in range(NUM_SENDERS))
     client.cancelled = True
     assert frontend.channel.abort_arrived.acquire(timeout=PATIENCE_S)
     assert frontend.channel.aborted == [request_id]
-    frontend.step({request_id: 7, other_id: 7}, {other_id: "length"})
-    assert isinstance(other.result(), GenerationResponse)
+    # Once every sender is at one of the others, the cancelled request, which comes first, has been served.
+    all_senders = threading.Barrier(NUM_SENDERS)
+    for other in others.values():
+        other.before_send = lambda: all_senders.wait(PATIENCE_S)
+    frontend.step(dict.fromkeys([request_id, *others], 7), dict.fromkeys(others, "length"))
+    assert all(isinstance(other.result(), GenerationResponse) for other in others.values())
+    assert client.responses == []
+    frontend.clock.now += END_DELAY_S
     assert isinstance(client.result(), RequestCancelledError)
     assert len(client.responses) == 1
 
@@ -193,6 +210,29 @@ def test_closing_ends_what_is_cancelled_but_has_not_ended(byte_level_tokenizer: 
         client.cancelled = True
         assert frontend.channel.abort_arrived.acquire(timeout=PATIENCE_S)
     assert isinstance(client.result(), RequestCancelledError)
+
+
+def test_closing_ends_what_is_found_cancelled_only_afterwards(frontend: Frontend) -> None:
+    asked, may_answer, may_send = threading.Event(), threading.Event(), threading.Event()
+    blocked = [frontend.accept() for _ in range(NUM_SENDERS)]
+    for _, other in blocked:
+        other.before_send = lambda: may_send.wait(PATIENCE_S)
+    frontend.step({request_id: 7 for request_id, _ in blocked})
+    request_id, client = frontend.accept()
+
+    def answer_late() -> None:
+        asked.set()
+        may_answer.wait(PATIENCE_S)
+
+    client.before_answer = answer_late
+    assert asked.wait(PATIENCE_S)
+    client.cancelled = True
+    frontend.requests.close(0)
+    may_answer.set()
+    assert frontend.channel.abort_arrived.acquire(timeout=PATIENCE_S)
+    assert frontend.channel.aborted == [request_id]
+    may_send.set()
+    assert isinstance(client.result(), PeerLostError)
 
 
 @pytest.mark.parametrize(

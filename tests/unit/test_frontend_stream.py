@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -161,20 +163,71 @@ def test_an_error_takes_the_place_of_what_was_still_to_come(byte_level_tokenizer
     assert stream.ended_early
 
 
-def test_what_is_withheld_comes_after_its_release(byte_level_tokenizer: Tokenizer) -> None:
+def test_a_cancelled_stream_says_nothing_before_its_release(byte_level_tokenizer: Tokenizer) -> None:
     stream = ResponseStream(request(byte_level_tokenizer), byte_level_tokenizer)
-    ids = output_ids(byte_level_tokenizer, " the dog")
-    stream.add_token(ids[0])
-    stream.withhold()
-    assert stream.take_response() is None
-    stream.add_token(ids[1])
+    first, second = output_ids(byte_level_tokenizer)[:2]
+    error = RequestCancelledError("gone")
+    stream.add_token(first)
+    stream.cancel(error)
+    stream.add_token(second)
     stream.finish("length")
     assert stream.take_response() is None
     assert not stream.ended
     stream.release()
+    assert stream.take_response() is error
+    assert stream.ended_early
+
+
+def test_a_stream_that_finished_before_it_was_cancelled_keeps_its_end(
+    byte_level_tokenizer: Tokenizer,
+) -> None:
+    stream = ResponseStream(request(byte_level_tokenizer), byte_level_tokenizer)
+    ids = output_ids(byte_level_tokenizer, " the dog")
+    stream.add_token(ids[0])
+    stream.finish("length")
+    stream.cancel(RequestCancelledError("gone"))
+    assert stream.take_response() is None
+    stream.release()
     response = stream.take_response()
     assert isinstance(response, GenerationResponse)
-    assert (response.output_ids, response.finish_reason) == (ids[:2], "length")
+    assert (response.output_ids, response.finish_reason) == (ids[:1], "length")
+
+
+def test_a_release_is_for_good(byte_level_tokenizer: Tokenizer) -> None:
+    stream = ResponseStream(request(byte_level_tokenizer), byte_level_tokenizer)
+    error = RequestCancelledError("gone")
+    stream.release()
+    stream.cancel(error)
+    assert stream.take_response() is error
+
+
+def test_a_stream_cancelled_while_a_response_is_being_taken_says_nothing(
+    byte_level_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = ResponseStream(request(byte_level_tokenizer), byte_level_tokenizer)
+    stream.add_token(output_ids(byte_level_tokenizer)[0])
+    lock = OvertakenLock(lambda: stream.cancel(RequestCancelledError("gone")))
+    monkeypatch.setattr(stream, "_lock", lock)
+    assert stream.take_response() is None
+    assert lock.overtaken
+
+
+class OvertakenLock:
+    """A lock that somebody else gets just before whoever asks for it first."""
+
+    def __init__(self, somebody_else: Callable[[], None]) -> None:
+        self._somebody_else = somebody_else
+        self._lock = threading.Lock()
+        self.overtaken = False
+
+    def __enter__(self) -> None:
+        if not self.overtaken:
+            self.overtaken = True
+            self._somebody_else()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 @pytest.mark.parametrize("later", [PeerLostError("later"), RequestCancelledError("later")])

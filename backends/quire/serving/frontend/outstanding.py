@@ -12,6 +12,7 @@ import itertools
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -90,16 +91,22 @@ class OutstandingRequests:
     Args:
         tokenizer: of the checkpoint.
         open_channel: connects to the scheduler.
+        clock: the time in seconds, by a clock that never goes back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, open_channel: OpenChannel) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        open_channel: OpenChannel,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._tokenizer = tokenizer
         self._numbers = itertools.count()
         self._id_prefix = secrets.token_hex(4)
         self._requests: dict[str, OutstandingRequest] = {}
         self._lock = threading.Lock()
         self._senders = SenderPool(self._send_next, NUM_SENDERS)
-        self._poller = CancellationPoller(self._cancel, self._end_cancelled)
+        self._poller = CancellationPoller(self._cancel, self._end_cancelled, clock)
         self._had_contact = False
         self._channel = open_channel(self._on_step, self._on_refusal, self._on_lost)
 
@@ -120,7 +127,10 @@ class OutstandingRequests:
         self._poller.watch(outstanding)
 
     def close(self, timeout_s: float) -> None:
-        """End what is outstanding and all threads, waiting at most `timeout_s` seconds for each thread."""
+        """End what is outstanding and all threads, waiting at most `timeout_s` seconds for each thread.
+
+        The poller may still wait for an answer then; what it cancels later is not withheld any more.
+        """
         self._poller.close(timeout_s)
         outstanding = self._snapshot()
         for request in outstanding:
@@ -159,8 +169,7 @@ class OutstandingRequests:
 
     def _cancel(self, outstanding: OutstandingRequest) -> None:
         """Nobody waits any more: the scheduler need not go on, and nothing is sent for now."""
-        outstanding.stream.withhold()
-        outstanding.stream.fail(RequestCancelledError("the client closed its stream or cancelled"))
+        outstanding.stream.cancel(RequestCancelledError("the client closed its stream or cancelled"))
         self._channel.abort([outstanding.request_id])
 
     def _end_cancelled(self, outstanding: OutstandingRequest) -> None:

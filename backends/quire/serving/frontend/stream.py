@@ -53,6 +53,7 @@ class ResponseStream:
         self.ended = False
         """Whether the final response has been taken."""
         self._withheld = False
+        self._released = False
 
     @property
     def waits_for_end(self) -> bool:
@@ -71,31 +72,41 @@ class ResponseStream:
 
     def finish(self, reason: FinishReason) -> None:
         """The scheduler ended the request with the tokens added so far."""
-        self._set_end(reason)
+        with self._lock:
+            self._set_end(reason)
 
     def fail(self, error: QuireError) -> None:
         """The request ends with an error, in place of what it may still have to say."""
-        self._set_end(error)
+        with self._lock:
+            self._set_end(error)
 
-    def withhold(self) -> None:
-        """Have nothing to send, not even the final response, until `release`."""
-        self._withheld = True
+    def cancel(self, error: QuireError) -> None:
+        """Like `fail`, but there is nothing to send, not even the final response, until `release`.
+
+        In one step: a sender takes what there was to send before, or nothing.
+        """
+        with self._lock:
+            self._withheld = not self._released
+            self._set_end(error)
 
     def release(self) -> None:
-        """Undo `withhold`."""
-        self._withheld = False
+        """From now on nothing is withheld, whether `cancel` came before or comes later."""
+        with self._lock:
+            self._released = True
+            self._withheld = False
 
     def _set_end(self, end: FinishReason | QuireError) -> None:
-        """The first end counts."""
-        with self._lock:
-            if self._end is None:
-                self._end = end
+        """The first end counts. Called with the lock held."""
+        if self._end is None:
+            self._end = end
 
     def take_response(self) -> GenerationResponse | QuireError | None:
         """What there is to send now: a delta, the final response, the final error, or nothing yet."""
-        if self.ended or self._withheld:
+        if self.ended:
             return None
         with self._lock:
+            if self._withheld:
+                return None
             token_ids, self._arrived = self._arrived, []
             end = self._end
         if isinstance(end, QuireError):
