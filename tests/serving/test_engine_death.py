@@ -80,7 +80,7 @@ def test_a_hosted_engine_that_was_killed_ends_the_server_and_quire_serve_says_wh
         watch = Watch(server)
         kill_under_requests(server, watch, watch.kill_engine, "the engine's process is gone")
         assert server.wait() == 1
-        server.wait_for_line("error: the server ended by itself: the engine has been lost for")
+        assert_error(server, "the engine has been lost for")
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_scheduler_that_was_killed_ends_the_server_and_quire_serve_says_why(im
         watch = Watch(server)
         kill_under_requests(server, watch, watch.kill_scheduler, LOST)
         assert server.wait() == 1
-        server.wait_for_line(f"error: the server ended by itself: {DEAD_SCHEDULER}")
+        assert_error(server, DEAD_SCHEDULER)
     assert sum("CRITICAL" in line and DEAD_SCHEDULER in line for line in server.lines) == 1
 
 
@@ -144,6 +144,17 @@ def test_a_scheduler_that_was_killed_may_be_loaded_again(repository: Path) -> No
             return False
 
         assert eventually(serves)
+
+
+def assert_error(server: RunningServer, cause: str) -> None:
+    """The server ends by itself or, as one of its processes is dead, is killed; both for the same cause."""
+    error = server.wait_for_line("error: the server ").strip()
+    assert error.startswith(
+        (
+            f"error: the server ended by itself: {cause}",
+            f"error: the server cannot go on: {cause}",
+        )
+    )
 
 
 def kill_under_requests(server: RunningServer, watch: Watch, kill: Callable[[], None], cause: str) -> None:

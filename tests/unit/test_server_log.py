@@ -164,7 +164,7 @@ def test_a_server_that_stops_is_not_listened_to_any_more() -> None:
 @pytest.mark.parametrize(
     ("line", "crashes"),
     [
-        *((f"Signal ({number}) received.", [number]) for number in (4, 6, 7, 8, 11)),
+        *((f"Signal ({number}) received.", [number]) for number in (6, 11)),
         ("Signal (2) received.", []),
         ("Signal (15) received.", []),
         ("Signal (1) received.", []),
@@ -172,7 +172,7 @@ def test_a_server_that_stops_is_not_listened_to_any_more() -> None:
         ("Signal (6) received. Or so a client says.", []),
     ],
 )
-def test_a_crash_is_told_by_the_signals_that_do_not_stop_a_server(line: str, crashes: list[int]) -> None:
+def test_a_crash_is_told_by_a_line_of_its_own_that_names_its_signal(line: str, crashes: list[int]) -> None:
     told: list[int] = []
     log = ServerLog(lambda line: None)
     output = io.BytesIO(f"free(): double free detected\n{line}\n 0# main\n".encode())

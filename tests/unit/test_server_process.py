@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
@@ -14,14 +16,18 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from quire.errors import QuireError, StartupError
-from quire.launcher.plan import SHM_DIR, SHM_PREFIX, Endpoints, LaunchPlan
+from quire.launcher.plan import SERVER_EXIT_TIMEOUT_S, SHM_DIR, SHM_PREFIX, Endpoints, LaunchPlan
 from quire.launcher.server_log import ServerLog
 from quire.launcher.server_process import ServerProcess
+from quire.serving.rendezvous import Rendezvous
 
+PATIENCE_S = 30
 NEVER_S = 600.0
 """A grace period that is not over before the test is."""
 CRASH = "Signal (6) received."
 NOT_ENDED = r"^the server crashed \(signal 6\) and did not end by itself$"
+DRAINING = "draining: no new requests; Ctrl-C again to kill"
+STOPPING = "stopping the server"
 _PR_SET_CHILD_SUBREAPER = 36
 
 SERVER = """
@@ -65,8 +71,15 @@ class Run:
         self._ends = ends
         self.reports: list[str] = []
 
-    def __call__(self, *, crash_grace_s: float, see: Callable[[str], None] = lambda line: None) -> None:
-        """Serve; `see` is called with each line of the server."""
+    def __call__(
+        self,
+        *,
+        crash_grace_s: float,
+        exit_timeout_s: float = 0,
+        see: Callable[[str], None] = lambda line: None,
+        hear: Callable[[str], None] = lambda report: None,
+    ) -> None:
+        """Serve; `see` is called with each line of the server, `hear` with each report."""
         with socket.socket() as unbound:
             unbound.bind(("127.0.0.1", 0))
             port = unbound.getsockname()[1]
@@ -78,12 +91,16 @@ class Run:
             lines.append(line)
             see(line)
 
+        def note(report: str) -> None:
+            self.reports.append(report)
+            hear(report)
+
         try:
             ServerProcess(
                 LaunchPlan(words, {}, Endpoints(http_port=port), prefix),
-                exit_timeout_s=0,
+                exit_timeout_s=exit_timeout_s,
                 log=ServerLog(take, verbose=True),
-                report=self.reports.append,
+                report=note,
                 crash_grace_s=crash_grace_s,
             ).run()
         finally:
@@ -91,6 +108,13 @@ class Run:
             with pytest.raises(ProcessLookupError):
                 os.killpg(int(lines[0]), 0)
             assert not list(SHM_DIR.glob(f"{prefix}*"))
+
+
+def press_ctrl_c() -> None:
+    """Straight to the main thread: it would not be woken if another one got the signal."""
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
 
 
 def test_a_server_that_crashed_and_blocks_for_ever_is_ended() -> None:
@@ -110,15 +134,57 @@ def test_a_server_that_crashed_may_end_by_itself() -> None:
         Run(ready=True, ends=True)(crash_grace_s=NEVER_S)
 
 
+def test_what_a_component_said_is_why_a_server_that_crashed_is_ended() -> None:
+    components: list[Rendezvous] = []
+
+    def say(line: str) -> None:
+        if line.isdecimal():
+            components.append(Rendezvous.for_server(int(line)))
+            components[0].announce_end("the GPU is lost")
+
+    with pytest.raises(QuireError, match=r"^the server cannot go on: the GPU is lost$"):
+        Run(ready=True, ends=False)(crash_grace_s=0, see=say)
+    components[0].close()
+
+
 def test_ctrl_c_is_heard_while_a_server_that_crashed_has_time_to_end() -> None:
     def interrupt(line: str) -> None:
         if line == CRASH:
-            os.kill(os.getpid(), signal.SIGINT)
+            press_ctrl_c()
 
     run = Run(ready=True, ends=False)
-    run(crash_grace_s=NEVER_S, see=interrupt)
-    assert run.reports[-3:] == [
-        "draining: no new requests; Ctrl-C again to kill",
-        "stopping the server",
-        "stopped",
-    ]
+    with pytest.raises(QuireError, match=NOT_ENDED):
+        run(crash_grace_s=NEVER_S, see=interrupt)
+    assert run.reports[-2:] == [DRAINING, STOPPING]
+
+
+@pytest.mark.parametrize("stage", [DRAINING, STOPPING])
+def test_a_server_that_crashes_and_blocks_as_it_stops_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """The server's crash is read when that stage has begun."""
+    begun, over = threading.Event(), threading.Event()
+
+    def ask(*_: object, **__: object) -> str:
+        if stage == DRAINING:
+            over.wait(PATIENCE_S)
+        return ""
+
+    def interrupt(line: str) -> None:
+        if line == CRASH:
+            press_ctrl_c()
+            assert begun.wait(PATIENCE_S)
+
+    monkeypatch.setattr("quire.launcher.server_process.ask_scheduler", ask)
+    asked = time.monotonic()
+    try:
+        with pytest.raises(QuireError, match=NOT_ENDED):
+            Run(ready=True, ends=False)(
+                crash_grace_s=0,
+                exit_timeout_s=SERVER_EXIT_TIMEOUT_S + PATIENCE_S,
+                see=interrupt,
+                hear=lambda report: begun.set() if report == stage else None,
+            )
+    finally:
+        over.set()
+    assert time.monotonic() - asked < PATIENCE_S

@@ -8,7 +8,8 @@ The server waits for ever for a component's process that dies as it starts. What
 or Python itself says then is taken for a failure to load; a process that is killed says nothing, and
 `dead_children` notices it.
 
-The server itself says which signal it crashed with, and then may hang as it prints its stack.
+The server itself says which signal it crashed with, and then may hang as it prints its stack. It writes that
+line in several pieces: where another process's output cuts in, neither the crash nor the hang is noticed.
 
 Triton's TensorRT backend captures every CUDA graph of a plan under every profile. Those that don't hold it
 refuse with several lines of errors each, about a hundred times: these say nothing about a failure.
@@ -23,8 +24,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import IO
 
-CRASH_SIGNALS = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
-"""Those that only a crash brings; the server names SIGINT and SIGTERM as it stops."""
+CRASH_SIGNALS = (signal.SIGABRT, signal.SIGSEGV)
+"""The crashes that the server names; it names SIGINT and SIGTERM too, as it stops."""
 NUM_LAST_LINES = 20
 LAST_LINE_CHARACTERS = 240
 """Of a line that is reported while loading goes on."""
@@ -43,7 +44,11 @@ _DEATH = re.compile(r"terminate called |Fatal Python error: |\S.*: error while l
 _CAUSE_OF_DEATH = re.compile(r" +what\(\): +(?P<cause>.*)")
 """What follows the first of them."""
 _CRASH = re.compile(rf"Signal \(({'|'.join(str(int(number)) for number in CRASH_SIGNALS)})\) received\.")
-"""The whole line: what a client has sent may stand in a line too, and must not end the server."""
+"""The whole line: what a client has sent may stand in a line too, and must not end the server.
+
+This assumes that nothing logs a client's text raw, with its newlines: Triton escapes them, and the components
+log no such text.
+"""
 _TABLE = re.compile(r"[+|].*[+|]|")
 _NO_GPU = re.compile(r"CudaDriverHelper|pinned memory pool will not be available")
 """Complaints of a server that looks for a GPU and finds none."""

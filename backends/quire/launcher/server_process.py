@@ -149,7 +149,7 @@ class ServerProcess:
         if not self._exited.wait(self._crash_grace_s):
             self._events.put(_Event.CRASHED)
 
-    def _crash(self) -> str:
+    def _crash_message(self) -> str:
         return f"the server crashed (signal {self._crash_signal}) and did not end by itself"
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], rendezvous: Rendezvous) -> bool:
@@ -173,7 +173,7 @@ class ServerProcess:
                     self._log.wait_for_end(LOG_TIMEOUT_S)
                     raise StartupError(rendezvous.reason_of_end() or self._log.failure())
                 case _Event.CRASHED:
-                    raise StartupError(rendezvous.reason_of_end() or self._crash())
+                    raise StartupError(rendezvous.reason_of_end() or self._crash_message())
                 case _:
                     pass
         self._log.open()
@@ -196,13 +196,16 @@ class ServerProcess:
             f"metrics {endpoints.local_url(endpoints.metrics_port)}/metrics; Ctrl-C stops"
         )
         if self._wait_for_end(rendezvous) is _Event.EXITED:
-            raise _failure(rendezvous, f"the server ended by itself: exit status {process.returncode}")
+            reason = rendezvous.reason_of_end() or f"exit status {process.returncode}"
+            raise QuireError(f"the server ended by itself: {reason}")
         deadline = time.monotonic() + self._exit_timeout_s
         self._drain(rendezvous.access_key, deadline - SERVER_EXIT_TIMEOUT_S)
         self._report("stopping the server")
         self._log.shut()
         process.terminate()
         self._wait_for(_Event.EXITED, deadline)
+        if self._crash_signal is not None and not self._exited.is_set():
+            raise _failure(rendezvous, self._crash_message())
 
     def _wait_for_end(self, rendezvous: Rendezvous) -> _Event:
         """The signal to stop or the server's exit.
@@ -216,7 +219,7 @@ class ServerProcess:
             if (cause := dead_children.cause_of_death(time.monotonic())) is not None:
                 raise _failure(rendezvous, f"the server cannot go on: one of its processes died ({cause})")
         if event is _Event.CRASHED:
-            raise _failure(rendezvous, self._crash())
+            raise _failure(rendezvous, self._crash_message())
         return event
 
     def _drain(self, access_key: bytes, deadline: float) -> None:
@@ -239,13 +242,13 @@ class ServerProcess:
         self._wait_for(_Event.DRAINED, deadline)
 
     def _wait_for(self, awaited: _Event, deadline: float) -> None:
-        """Wait for an event, the server's exit or the deadline, whichever is first."""
+        """Wait for an event, the server's exit, a crash that it hangs after or the deadline."""
         while (remaining_s := deadline - time.monotonic()) > 0:
             match self._next_event(remaining_s):
                 case _Event.STOP:
                     raise _StopAtOnceError
-                case _Event.EXITED:
-                    self._events.put(_Event.EXITED)
+                case (_Event.EXITED | _Event.CRASHED) as over:
+                    self._events.put(over)
                     return
                 case event if event is awaited:
                     return
@@ -270,9 +273,9 @@ class ServerProcess:
 
 
 def _failure(rendezvous: Rendezvous, otherwise: str) -> QuireError:
-    """Why a server that was ready is gone or has to be: what a component said about it, if one did."""
+    """Why a server that was ready has to be killed: what a component said about it, if one did."""
     reason = rendezvous.reason_of_end()
-    return QuireError(otherwise if reason is None else f"the server ended by itself: {reason}")
+    return QuireError(otherwise if reason is None else f"the server cannot go on: {reason}")
 
 
 def _collect_group(group: int) -> bool:
