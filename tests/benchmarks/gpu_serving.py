@@ -152,6 +152,7 @@ async def _run_together(url: str, num_requests: int, seed: int, barrier: Any) ->
 
     async with AsyncClient(url, timeout_s=REQUEST_TIMEOUT_S) as client:
         if not await client.is_ready():
+            barrier.abort()  # the others need not wait for this one
             raise RuntimeError("the server is not ready, or no more")
         await asyncio.to_thread(barrier.wait, REQUEST_TIMEOUT_S)
         began = time.monotonic()

@@ -116,9 +116,19 @@ def reference_attention(query: torch.Tensor, step: Step, layout: Layout, layer: 
 
 
 def run_attention(
-    query: torch.Tensor, step: Step, layout: Layout, layer: int, num_splits: int, block_m: int, block_n: int
+    query: torch.Tensor,
+    step: Step,
+    layout: Layout,
+    layer: int,
+    num_splits: int,
+    block_m: int,
+    block_n: int,
+    split_rows: set[int] | None = None,
 ) -> torch.Tensor:
-    """The kernel in tiles of `block_m` rows, or 16 where that is enough, and `block_n` keys."""
+    """The kernel in tiles of `block_m` rows, or 16 where that is enough, and `block_n` keys.
+
+    Tokens whose context was split are added to `split_rows`.
+    """
     tokens, seqs = query.shape[0], len(step.seq_lens)
     group = layout.heads // layout.kv_heads
     padded = max(16, 1 << (layout.head_dim - 1).bit_length())
@@ -138,7 +148,6 @@ def run_attention(
         step.block_tables.shape[1],
         num_splits,
         max(1, num_splits // 2),
-        WHOLE,
         layer,
         out,
         partial_out,
@@ -162,6 +171,7 @@ def run_attention(
         FEW_ROWS=16,
         FEW_KEYS=16,
         FEW_STAGES=2,
+        WHOLE=WHOLE,
         MIN_SPLIT=16,
         LONG_SPLIT=32,
         MAX_SPLITS=4,
@@ -170,6 +180,9 @@ def run_attention(
     )
     counters = step.state.view(torch.int32)[COUNTERS_BYTE // 4 :][:NUM_COUNTERS]
     assert not counters.any(), "a counter was left behind"
+    if split_rows is not None:
+        written = ~partial_out.isnan().flatten(1).all(1)
+        split_rows.update(written.nonzero().flatten().tolist())
     return out
 
 
@@ -198,6 +211,16 @@ def test_attention_matches_the_specification(name: str) -> None:
         got = run_attention(query, step, layout, layer, num_splits, block_m, block_n).double()
         expected = reference_attention(query, step, layout, layer)
         assert float((got - expected).norm() / expected.norm()) < TOLERANCE[layout.dtype]
+
+
+def test_a_short_context_is_not_split() -> None:
+    layout = Layout(4, 2, 16, 8)
+    rng = np.random.default_rng(5)
+    step = make_step(rng, layout, [1, 1, 1], [WHOLE - 1, 2 * WHOLE, WHOLE])
+    query = torch.from_numpy(rng.standard_normal((3, 4, 16)).astype(np.float32))
+    split_rows: set[int] = set()
+    run_attention(query, step, layout, 0, 4, 16, 16, split_rows)
+    assert split_rows == {1, 2}
 
 
 def test_attention_over_random_steps() -> None:

@@ -347,17 +347,16 @@ def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, operands: Op
         assert most(shared_bytes) <= DEFAULT_SHARED_BYTES
 
 
-@pytest.mark.parametrize("operands", OPERANDS)
-def test_k_is_split_until_every_multiprocessor_has_programs(operands: Operands) -> None:
-    def programs(multiprocessors: int) -> list[int]:
-        cut = tiles(4096, 14336, False, operands, HOPPER_SHARED_BYTES, multiprocessors=multiprocessors)
-        return [tile.splits * (4096 // tile.block_n) for tile in cut if not tile.tma]
-
-    for multiprocessors in (58, 108, 132):
-        # At most one more split would fit what runs at a time; wide tiles have two programs at most.
-        assert all(multiprocessors <= 2 * n for n in programs(multiprocessors))
-        assert all(n <= max(3 * multiprocessors, 4096 // 32) for n in programs(multiprocessors))
-    assert max(programs(58)) < max(programs(132))
+@pytest.mark.parametrize(("multiprocessors", "splits"), [(58, [1, 1]), (108, [2, 3]), (132, [3, 4])])
+def test_k_is_split_until_every_multiprocessor_has_its_programs(
+    multiprocessors: int, splits: list[int]
+) -> None:
+    """Three of them on each where tiles are small, two of 96 KiB."""
+    cut = tiles(4096, 14336, False, "wide", HOPPER_SHARED_BYTES, multiprocessors=multiprocessors)
+    wanted = ((16, 32, 128, 4), (64, 64, 64, 6))
+    assert splits == [
+        tile.splits for tile in cut if (tile.block_m, tile.block_n, tile.block_k, tile.num_stages) in wanted
+    ]
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
@@ -387,7 +386,13 @@ def test_scratch_and_counters_hold_every_launch(
     n: int, k: int, gated: int, eight_bits: str, shared_bytes: int
 ) -> None:
     kind = {"gated": gated, "shared_bytes": shared_bytes} | EIGHT_BITS[eight_bits]
-    layer = Linear(k=k, n=n, **(PLAIN | kind))
+    for multiprocessors in (3, 132, 300):
+        check_launches(Linear(k=k, n=n, **(PLAIN | kind | {"multiprocessors": multiprocessors})))
+
+
+def check_launches(layer: Linear) -> None:
+    """Scratch, descriptors and counters are enough for every tactic at every number of rows."""
+    n, k, gated = layer.n, layer.k, layer.gated
     for rows in (1, 16, 17, 64, 65, 128, 1000, 8192):
         shapes = [(rows, k), (n * (1 + gated), k)]
         ((scratch,), _), ((descriptors,), _) = layer.outputs(shapes)[3:]

@@ -15,7 +15,7 @@ from quire.execution.engine_state import NUM_COUNTERS
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 
 PROGRAMS_PER_MULTIPROCESSOR = 3
-"""K is split until about so many run on each."""
+"""K is split until about so many programs run on each multiprocessor."""
 LARGE_TILE = 64 * 128
 """Elements from which on a tile's parts are so many that two programs on one are better than three."""
 MULTIPROCESSOR_BYTES = 227 * 1024

@@ -33,10 +33,8 @@ SUMS_AT_ONCE = tl.constexpr(64)
 """Sums of squares of a row that are read together."""
 ROW_TILES_PER_GROUP = tl.constexpr(8)
 """Row tiles that go through the columns together, so that memory is read once for all of them."""
-FEW_ROWS = tl.constexpr(16)
-"""Rows of a tile whose sums of squares a program has registers for all along."""
 SMALL_TILE = tl.constexpr(64 * 64)
-"""Elements of a result up to which the same holds of what is added to it."""
+"""Elements of a tile up to which what it is added to is read before the product."""
 HALVED_FROM = tl.constexpr(128 * 128)
 """Elements from which on a tile is finished by halves: its way to memory leads through shared memory."""
 
@@ -103,15 +101,6 @@ def row_scale(squares, row, num_rows, K: tl.constexpr, EPSILON: tl.constexpr):
             1,
         )
     return tl.rsqrt(total / K + EPSILON)
-
-
-@triton.jit
-def _sums_of_squares(squares, row, num_rows, K: tl.constexpr):
-    """All that `row_scale` adds up, float32 [rows, a power of two]: asked for early, it costs no time."""
-    SUMS: tl.constexpr = K // SQUARES_WIDTH
-    place = tl.arange(0, triton.next_power_of_2(SUMS))
-    mask = (row < num_rows)[:, None] & (place < SUMS)[None, :]
-    return tl.load(squares + row[:, None] * SUMS + place[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -196,7 +185,6 @@ def finish(
 def _read_and_finish(
     acc,
     up,
-    sums,
     before,
     gain,
     row,
@@ -222,10 +210,7 @@ def _read_and_finish(
     """`finish`, and before it what was not read early."""
     scale = row
     if NORMED:
-        if BLOCK_M <= FEW_ROWS:
-            scale = tl.rsqrt(tl.sum(sums, 1) / K + EPSILON)
-        else:
-            scale = row_scale(squares, row, num_rows, K, EPSILON)
+        scale = row_scale(squares, row, num_rows, K, EPSILON)
     if RESIDUAL and BLOCK_M * BLOCK_N > SMALL_TILE:
         before = residual_tile(residual, row, first_column, num_rows, N, BLOCK_N)
         gain = next_gain(next_norm, first_column, N, BLOCK_N)
@@ -352,12 +337,9 @@ def linear(
         next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
     w_tile = weight + (of_tile // BLOCK_N * N + w_n).to(tl.int64)[:, None] * K + k[None, :]
 
-    # What comes behind the product, on its way while that is computed.
-    sums = row
+    # On their way while the product is computed.
     before = row
     gain = row
-    if NORMED and BLOCK_M <= FEW_ROWS:
-        sums = _sums_of_squares(squares, row, num_rows, K)
     if RESIDUAL and BLOCK_M * BLOCK_N <= SMALL_TILE:
         before = residual_tile(residual, row, column * BLOCK_N, num_rows, N, BLOCK_N)
         gain = next_gain(next_norm, column * BLOCK_N, N, BLOCK_N)
@@ -413,7 +395,7 @@ def linear(
                     if GATED:
                         up_total += tl.load(part + BLOCK_M * N, mask=there, other=0.0, cache_modifier=".cg")
             _read_and_finish(
-                total, up_total, sums, before, gain, row, column * BLOCK_N, num_rows, squares, residual,
+                total, up_total, before, gain, row, column * BLOCK_N, num_rows, squares, residual,
                 next_norm, bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -422,12 +404,12 @@ def linear(
     if not GATED and BLOCK_M * BLOCK_N >= HALVED_FROM:
         left, right = halves(acc)
         _read_and_finish(
-            left, left, sums, before, gain, row, column * BLOCK_N, num_rows, squares, residual, next_norm,
+            left, left, before, gain, row, column * BLOCK_N, num_rows, squares, residual, next_norm,
             bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M,
             BLOCK_N // 2,
         )  # fmt: skip
         _read_and_finish(
-            right, right, sums, before, gain, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares,
+            right, right, before, gain, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares,
             residual, next_norm, bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
             BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
@@ -436,6 +418,6 @@ def linear(
         if GATED:
             acc, up = halves(acc)
         _read_and_finish(
-            acc, up, sums, before, gain, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias,
+            acc, up, before, gain, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias,
             out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
         )  # fmt: skip

@@ -33,15 +33,7 @@ WARPGROUP_ROWS = tl.constexpr(64)
 
 
 @triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "num_seqs",
-        "blocks_per_table",
-        "num_splits",
-        "few_splits",
-        "whole",
-        "layer",
-    ]
+    do_not_specialize=["num_tokens", "num_seqs", "blocks_per_table", "num_splits", "few_splits", "layer"]
 )
 def paged_attention(
     query,
@@ -55,7 +47,6 @@ def paged_attention(
     blocks_per_table,
     num_splits,
     few_splits,
-    whole,
     layer,
     out,
     partial_out,
@@ -79,6 +70,7 @@ def paged_attention(
     FEW_ROWS: tl.constexpr,
     FEW_KEYS: tl.constexpr,
     FEW_STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     LONG_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -99,7 +91,6 @@ def paged_attention(
         engine_state: int64, see `quire.execution.engine_state`.
         num_splits: at most MAX_SPLITS; above 1 only where there are counters for all tiles.
         few_splits: how many a context is split into before its splits are longer than LONG_SPLIT.
-        whole: keys up to which a context is not split.
         layer: which layer's K and V of each block to read.
         out: out, [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM].
         partial_out: scratch, float32 [num_tokens, num_splits, NUM_KV_HEADS * GROUP, HEAD_DIM]; unused without
@@ -111,6 +102,7 @@ def paged_attention(
         SCALE_LOG2: softmax scale times log2(e).
         ROWS: rows of a full tile; ROW_KEYS keys at a time, fetched ROW_STAGES - 1 ahead.
         FEW_ROWS: up to so many rows are few; FEW_KEYS and FEW_STAGES are for them.
+        WHOLE: keys up to which a context is not split.
         MIN_SPLIT: keys, the fewest worth a split.
         COMBINED_ROWS: rows, and COMBINED_SPLITS splits, combined at a time.
     """
@@ -166,7 +158,7 @@ def paged_attention(
     num_keys = key_end - key_start
     share = tl.minimum(tl.cdiv(num_keys, few_splits), LONG_SPLIT)
     share = tl.maximum(tl.maximum(share, tl.cdiv(num_keys, num_splits)), MIN_SPLIT)
-    share = tl.maximum(share, tl.where(num_keys <= whole, num_keys, 0))
+    share = tl.maximum(share, tl.where(num_keys <= WHOLE, num_keys, 0))
     share = tl.cdiv(share, FEW_KEYS) * FEW_KEYS
     splits_used = tl.maximum(tl.cdiv(num_keys, share), 1)
     if split >= splits_used:

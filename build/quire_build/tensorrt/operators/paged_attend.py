@@ -21,12 +21,10 @@ SPLIT_ROWS = 1024
 """Tokens times splits, at most, for which scratch is kept."""
 LONG_SPLIT = 2048
 """Keys of one split that is worth cutting again for the sake of balance."""
-MIN_SPLIT = 128
-"""Keys of the shortest split."""
 WHOLE = 256
-"""Keys that one program reads sooner than two agree on who combines what they read, where few tiles run."""
-WHOLE_IN_ALL = 32 * WHOLE
-"""Of all tiles together: with more tiles, each is done sooner where its context is split."""
+"""Keys that one program reads sooner than two agree on who combines what they read."""
+MIN_SPLIT = 128
+"""Keys, the fewest worth a split of a longer context."""
 MAX_REGISTERS = 128
 """Of a thread: four programs then run on one SM. Heads too long for full tiles would not fit."""
 
@@ -118,8 +116,6 @@ class PagedAttend:
         many_splits = many_splits - arithmetic.larger(many_splits - MANY_SPLITS, 0)
         # The larger of the two, in what symbolic arithmetic has.
         splits = few_splits + arithmetic.larger(many_splits - few_splits, 0)
-        whole = arithmetic.constant(WHOLE_IN_ALL) // tiles
-        whole = whole - arithmetic.larger(whole - WHOLE, 0)
         padded = self._head_dim_padded
         group = power_of_two(self._group)
         combined_rows = min(8, group)
@@ -139,7 +135,6 @@ class PagedAttend:
                 "blocks_per_table": "i32",
                 "num_splits": "i32",
                 "few_splits": "i32",
-                "whole": "i32",
                 "layer": "i32",
                 "out": f"*{MODEL}",
                 "partial_out": "*fp32",
@@ -165,6 +160,7 @@ class PagedAttend:
                 "FEW_ROWS": max(16, group),
                 "FEW_KEYS": max(16, min(few_keys, 128 * few_keys // padded)),
                 "FEW_STAGES": few_stages,
+                "WHOLE": WHOLE,
                 "MIN_SPLIT": MIN_SPLIT,
                 "LONG_SPLIT": LONG_SPLIT,
                 "MAX_SPLITS": MAX_SPLITS,
@@ -172,7 +168,7 @@ class PagedAttend:
                 "COMBINED_SPLITS": 32 // combined_rows,
             },
             grid=(tiles, self.num_kv_heads, splits),
-            integers=(tokens, seqs, blocks_per_table, splits, few_splits, whole, self.layer),
+            integers=(tokens, seqs, blocks_per_table, splits, few_splits, self.layer),
             num_stages=2,
             max_registers=MAX_REGISTERS if padded <= 128 else None,
         )
