@@ -345,6 +345,8 @@ def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, operands: Op
     assert most(deepest) == deepest
     for shared_bytes in (DEFAULT_SHARED_BYTES, deepest - 1):
         assert most(shared_bytes) <= DEFAULT_SHARED_BYTES
+    default = tiles(4096, 4096, gated, operands, multiprocessors=132)
+    assert default == tiles(4096, 4096, gated, operands, DEFAULT_SHARED_BYTES, multiprocessors=132)
 
 
 @pytest.mark.parametrize(("multiprocessors", "splits"), [(58, [1, 1]), (108, [2, 3]), (132, [3, 4])])

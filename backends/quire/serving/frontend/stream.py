@@ -52,7 +52,7 @@ class ResponseStream:
         self._num_output_tokens = 0
         self.ended = False
         """Whether the final response has been taken."""
-        self._withheld = False
+        self._cancelled = False
         self._released = False
 
     @property
@@ -86,14 +86,13 @@ class ResponseStream:
         In one step: a sender takes what there was to send before, or nothing.
         """
         with self._lock:
-            self._withheld = not self._released
+            self._cancelled = True
             self._set_end(error)
 
     def release(self) -> None:
         """From now on nothing is withheld, whether `cancel` came before or comes later."""
         with self._lock:
             self._released = True
-            self._withheld = False
 
     def _set_end(self, end: FinishReason | QuireError) -> None:
         """The first end counts. Called with the lock held."""
@@ -105,7 +104,7 @@ class ResponseStream:
         if self.ended:
             return None
         with self._lock:
-            if self._withheld:
+            if self._cancelled and not self._released:
                 return None
             token_ids, self._arrived = self._arrived, []
             end = self._end
