@@ -43,13 +43,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py $(CHECKPOINT) $(REPOSITORY)
 
-OWN_PROCESS := tests/unit/test_server_process.py
-
 test: $(INSTALLED)
 	@echo '== running every test'
-	@$(BIN)/python -m pytest --ignore=$(OWN_PROCESS)
-	@echo '== and those that make their process a launcher, in one of their own'
-	@$(BIN)/python -m pytest $(OWN_PROCESS)
+	@$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
 	@echo '== style'

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import logging
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +45,28 @@ def engine(engine_dir: Path) -> OpenVINOEngine:
 
 def load(engine_dir: Path, *, num_blocks: int = NUM_BLOCKS) -> OpenVINOEngine:
     return OpenVINOEngine(engine_dir, kv_cache_bytes=num_blocks * KV_BYTES_PER_BLOCK, threads=1, warm_up_s=0)
+
+
+SIGNALLED = """
+import gc, pathlib, signal, sys
+from quire.execution.openvino import OpenVINOEngine
+directory, kv_cache_bytes = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+first, second = (
+    OpenVINOEngine(directory, kv_cache_bytes=kv_cache_bytes, threads=1, warm_up_s=0) for _ in range(2)
+)
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGINT, lambda *_: print("heard"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_a_process_hears_signals_after_engines_have_come_and_gone(engine_dir: Path) -> None:
+    words = [sys.executable, "-c", SIGNALLED, str(engine_dir), str(NUM_BLOCKS * KV_BYTES_PER_BLOCK)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def step(spans: list[tuple[list[int], int]], tables: list[list[int]]) -> ModelInputs:

@@ -6,6 +6,7 @@ the `Executor` protocol, in process. Needs nothing but openvino and numpy.
 
 from __future__ import annotations
 
+import functools
 import logging
 import mmap
 import secrets
@@ -71,7 +72,7 @@ class OpenVINOEngine:
         num_blocks = num_pool_blocks(self.manifest, kv_cache_bytes, self.limits.max_model_len)
         self.pool_info = PoolInfo(num_blocks, epoch=1 + secrets.randbelow(2**31 - 1))
 
-        core = ov.Core()
+        core = _core()
         if self.manifest.precision == "bf16" and "BF16" not in core.get_property(*_CAPABILITIES):
             raise ManifestError(
                 "the engine computes in bf16, which this CPU does not; "
@@ -79,7 +80,7 @@ class OpenVINOEngine:
             )
         properties = _properties(self.manifest, threads or available_cores())
         check_attention(core, properties, self.manifest.model, self.manifest.precision)
-        compiled = core.compile_model(_read_graph(core, engine_dir / GRAPH_FILE), "CPU", properties)
+        compiled = core.compile_model(_read_graph(engine_dir / GRAPH_FILE), "CPU", properties)
         self._request = compiled.create_infer_request()
         self._pool = self._bind_pool(compiled, num_blocks)
         self._check = InputsCheck(self.manifest.model.vocab_size, BLOCK_SIZE, num_blocks, self.limits)
@@ -232,12 +233,24 @@ def _properties(manifest: Manifest, threads: int) -> dict[str, object]:
     }
 
 
-def _read_graph(core: ov.Core, path: Path) -> ov.Model:
+@functools.cache
+def _core() -> ov.Core:
+    """The one core of this process whose CPU plugin is loaded, for as long as the process lives.
+
+    That plugin gives the thread that loads it another stack for signals, and takes it away in the end. Where
+    several do not end in the reverse order, the thread keeps one that is gone, and the next signal with a
+    handler, Ctrl-C for instance, kills the process (OpenVINO 2026.4).
+    """
+    return ov.Core()
+
+
+def _read_graph(path: Path) -> ov.Model:
     """The ONNX graph with logits as its only output: the caches are written in place.
 
     Raises:
         ManifestError: OpenVINO cannot read the file.
     """
+    core = ov.Core()  # of its own, since the extension serves one model; reading loads no plugin
     core.add_extension(conversion_extension())
     try:
         graph = core.read_model(path)
