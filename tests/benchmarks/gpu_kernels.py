@@ -28,7 +28,6 @@ from quire.execution.engine_state import engine_state_elements
 from quire_build.paged_attention import paged_attention_in_place
 from quire_build.tensorrt.operators import (
     MODEL,
-    KvWrite,
     Launch,
     Operator,
     PagedAttend,
@@ -161,7 +160,7 @@ def prepare(
 
     def run() -> object:
         return launch.kernel[launch.grid](
-            *launch.arguments(inputs, outputs),
+            **launch.arguments(inputs, outputs),
             **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
@@ -203,33 +202,19 @@ def new_state(num_blocks: int) -> Tensor:
     return state
 
 
-def step_time_ms(
-    heads: int, pool: Tensor, step: Step, settings: Mapping[str, Any], *, writes: bool = False
-) -> float:
-    """Median time of attention for one layer, with the write before it if wanted."""
+def step_time_ms(heads: int, pool: Tensor, step: Step, settings: Mapping[str, Any]) -> float:
+    """Median time of attention for one layer."""
     blocks, layers, _, kv_heads, _, _ = pool.shape
     tokens = sum(step.query_lens)
     read = sum(step.seq_lens) * 2 * kv_heads * HEAD_DIM * pool.element_size()
     launches = max(layers, min(MOST_LAUNCHES, -(-READ_BYTES // read)))
     state, starts, lengths = new_state(blocks), starts_of(step), integers(step.seq_lens)
     query = torch.randn(tokens, heads, HEAD_DIM, device="cuda").to(torch.bfloat16)
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * HEAD_DIM, device="cuda").to(torch.bfloat16)
-    table = torch.randn(max(step.seq_lens), HEAD_DIM, device="cuda")
-    pairs = zip(step.query_lens, step.seq_lens, strict=True)
-    positions = torch.cat([torch.arange(n - q, n, dtype=torch.int32) for q, n in pairs]).cuda()
-    row = torch.repeat_interleave(torch.arange(len(step.query_lens)), torch.tensor(step.query_lens)).cuda()
     every: list[Callable[[], object]] = []
     for i in range(launches):
         if i % layers == 0:
             tables = draw_tables(step, blocks)
-            slots = tables[row, positions.long() // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
         attend = attend_operator(heads, pool, i % layers)
-        if writes:
-            layout = (attend.layer, layers, heads, kv_heads, HEAD_DIM, BLOCK_SIZE, blocks, 1, blocks)
-            write = KvWrite(
-                *layout, pool.element_size(), max_positions=table.shape[0], head_normed=0, epsilon=0.0
-            )
-            every.append(prepare(write, [qkv, table, positions, slots, qkv, pool, state], {})[0])
         every.append(prepare(attend, [query, tables, starts, lengths, pool, state], settings)[0])
 
     def run_all(_stream: int) -> None:
@@ -318,8 +303,6 @@ def measure(results: Results, pool: Pool, settings: Mapping[str, Any], deadline:
             row["share_of_bandwidth"] = results.share_of_bandwidth(read, time_ms)
         else:
             row["tflop_s"] = round(4 * heads * HEAD_DIM * step.pairs / time_ms / 1e9, 1)
-        if not settings:
-            row["with_write_us"] = round(step_time_ms(heads, cache, step, {}, writes=True) * 1e3, 2)
         results.add(**row)
 
 

@@ -168,10 +168,10 @@ def compile_variant(variant: Variant) -> int:
     """Compile into the language's cache on disk; bytes of shared memory, or -1 if that is not possible."""
     launch = variant.launch(64)
     types = {MODEL: torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
-    arguments = [types[kind[1:]] if kind.startswith("*") else 1 for kind in launch.types.values()]
+    arguments = {n: types[kind[1:]] if kind.startswith("*") else 1 for n, kind in launch.types.items()}
     try:
         built = launch.kernel.warmup(
-            *arguments,
+            **arguments,
             grid=(1,),
             **launch.constants,
             num_warps=launch.num_warps,
@@ -270,7 +270,7 @@ class Bench:
         ]  # fmt: skip
         return functools.partial(
             launch.kernel[launch.grid],
-            *launch.arguments(read, [*outputs, self._scratch]),
+            **launch.arguments(read, [*outputs, self._scratch]),
             **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
@@ -376,7 +376,7 @@ def measure_quantizing(results: Results, bench: Bench, quantization: Quantizatio
             launch = layer.launch(shapes, PlainArithmetic())
             run = functools.partial(
                 launch.kernel[launch.grid],
-                *launch.arguments((x, bench.state), (numbers, scales)),
+                **launch.arguments((x, bench.state), (numbers, scales)),
                 **launch.constants,
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,

@@ -57,7 +57,7 @@ class Prepared:
         """Launch it on the current stream."""
         launch = self._launch
         launch.kernel[launch.grid](
-            *launch.arguments(self._inputs, (self.ids, self._scratch)),
+            **launch.arguments(self._inputs, (self.ids, self._scratch)),
             **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,

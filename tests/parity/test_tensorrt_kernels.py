@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import rms_norm
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
 from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, POOL_OFFSETS_BYTE, engine_state_elements
-from quire_build.tensorrt.kernels.kv_write import kv_write
+from quire_build.tensorrt.kernels.kv_write import Heads, kv_write
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
+from quire_build.tensorrt.operators import in_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -297,57 +299,66 @@ def rope_table(head_dim: int, positions: int) -> torch.Tensor:
 
 
 def run_kv_write(
-    qkv: torch.Tensor, table: torch.Tensor, step: Step, layout: Layout, layer: int
+    qkv: torch.Tensor, head_norms: torch.Tensor, step: Step, layout: Layout, layer: int
 ) -> torch.Tensor:
+    """Queries and keys of `qkv`, and the norms, have their dimensions in pairs."""
     tokens = qkv.shape[0]
-    heads = layout.heads + 2 * layout.kv_heads
     query = torch.full((tokens, layout.heads, layout.head_dim), math.nan, dtype=qkv.dtype)
-    kv_write[(tokens, -(-heads // 4))](
+    heads = Heads(
+        num_heads=layout.heads,
+        num_kv_heads=layout.kv_heads,
+        head_dim=layout.head_dim,
+        max_positions=64,
+        block_size=layout.block_size,
+        block_elements=layout.block_elements,
+        max_blocks=1 << 20,
+        num_pools=1,
+        blocks_per_pool=1 << 20,
+        pool_offsets_byte=POOL_OFFSETS_BYTE,
+    )
+    kv_write[(-(-tokens // 4), layout.heads + 2 * layout.kv_heads)](
         qkv,
-        table,
+        head_norms,
+        rope_table(layout.head_dim, 64),
         step.positions,
         step.slots(layout.block_size),
-        table,
         step.pool,
         step.state,
+        tokens,
         layer,
         query,
-        HEAD_DIM=layout.head_dim,
-        HALF_PADDED=1 << (layout.head_dim // 2 - 1).bit_length(),
-        NUM_HEADS=layout.heads,
-        NUM_KV_HEADS=layout.kv_heads,
-        BLOCK_SIZE=layout.block_size,
-        BLOCK_ELEMENTS=layout.block_elements,
-        MAX_BLOCKS=1 << 20,
-        NUM_POOLS=1,
-        BLOCKS_PER_POOL=1 << 20,
-        POOL_OFFSETS_BYTE=POOL_OFFSETS_BYTE,
-        MAX_POSITIONS=table.shape[0],
-        HEADS_PER_PROGRAM=4,
-        HEAD_NORM=False,
-        EPSILON=0.0,
+        HEADS=heads,
+        EPSILON=1e-3,
+        BLOCK_M=4,
+        BLOCK_N=1 << (layout.head_dim - 1).bit_length(),
     )
     return query
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("head_dim", [16, 24])
-def test_kv_write_rotates_and_writes_every_slot_once(dtype: torch.dtype, head_dim: int) -> None:
+def test_kv_write_norms_rotates_and_writes_every_slot_once(dtype: torch.dtype, head_dim: int) -> None:
     layout = Layout(3, 1, head_dim, 8, dtype=dtype)
     rng = np.random.default_rng(head_dim)
     step = make_step(rng, layout, [5, 1, 1], [6, 0, 30])
     tokens, heads = 7, layout.heads + 2 * layout.kv_heads
-    qkv = torch.from_numpy(rng.standard_normal((tokens, heads * head_dim)).astype(np.float32)).to(dtype)
-    table = rope_table(head_dim, 64)
+    qkv = torch.from_numpy(rng.standard_normal((tokens, heads, head_dim)).astype(np.float32)).to(dtype)
+    norms = torch.from_numpy(rng.standard_normal((2, head_dim)).astype(np.float32)).to(dtype)
     before = step.pool.clone()
-    query = run_kv_write(qkv, table, step, layout, 1)
+    pairs = in_pairs(head_dim)
+    given = torch.cat([qkv[:, :4, pairs], qkv[:, 4:]], 1).flatten(1)
+    query = run_kv_write(given, norms[:, pairs], step, layout, 1)
 
-    x = qkv.view(tokens, heads, head_dim).double()
-    angle = table[step.positions.long()].double()[:, None]
-    cos, sin = angle[..., : head_dim // 2], angle[..., head_dim // 2 :]
-    low, high = x[..., : head_dim // 2], x[..., head_dim // 2 :]
-    rotated = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-    atol = 1e-6 if dtype == torch.float32 else 4e-3
+    x, (query_norm, key_norm) = qkv.double(), norms.double()
+    normed = [
+        rms_norm(x[:, :3], (head_dim,), query_norm, 1e-3),
+        rms_norm(x[:, 3:4], (head_dim,), key_norm, 1e-3),
+    ]
+    angle = rope_table(head_dim, 64)[step.positions.long()].double()[:, None]
+    cos, sin = angle.chunk(2, dim=-1)
+    low, high = torch.cat(normed, 1).chunk(2, dim=-1)
+    rotated = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)[..., pairs]
+    atol = 1e-6 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(query.double(), rotated[:, :3], atol=atol, rtol=0)
     expected = before.double()
     for token, slot in enumerate(step.slots(8).tolist()):
@@ -362,12 +373,10 @@ def test_kv_write_makes_the_largest_e4m3_of_what_is_beyond_it() -> None:
     before = step.pool.clone()
     written = torch.tensor([0.0, 1.97, -17.0, 3e-3, 447.0, 448.0, 449.0, 463.0, 465.0, -470.0, 1e4, -1e30])
     values = torch.cat([written, torch.tensor([3e38, -3e38, 0.25, -448.0])])
-    qkv = torch.cat([torch.zeros(16), values, values])[None]
-    run_kv_write(qkv, rope_table(16, 8), step, layout, 0)  # at position 0, which is not rotated
+    run_kv_write(torch.cat([torch.zeros(32), values])[None], torch.ones(2, 16), step, layout, 0)
     block = int(step.block_tables[0, 0])
-    expected = values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-    for kept in step.pool[block, 0, :, 0, 0]:
-        assert torch.equal(kept.view(torch.uint8), expected.view(torch.uint8))
+    expected = torch.stack([torch.zeros(16), values.clamp(-448.0, 448.0)]).to(torch.float8_e4m3fn)
+    assert torch.equal(step.pool[block, 0, :, 0, 0].view(torch.uint8), expected.view(torch.uint8))
     step.pool[block, 0, :, 0, 0] = before[block, 0, :, 0, 0]
     assert torch.equal(step.pool.view(torch.uint8), before.view(torch.uint8)), "something else was written"
 
@@ -377,7 +386,7 @@ def test_kv_write_leaves_the_null_block_and_everything_outside_alone() -> None:
     step = make_step(np.random.default_rng(5), layout, [1, 1], [0, 3])
     step.block_tables[:, 0] = torch.tensor([0, step.pool.shape[0]])
     before = step.pool.clone()
-    run_kv_write(torch.ones(2, 4 * 16), rope_table(16, 8), step, layout, 0)
+    run_kv_write(torch.ones(2, 4 * 16), torch.ones(2, 16), step, layout, 0)
     assert torch.equal(before.view(torch.int32), step.pool.view(torch.int32))
 
 
@@ -388,10 +397,10 @@ from quire_build.tensorrt.operators import KvWrite, PagedAttend, PlainArithmetic
 
 pool = dict(layer=0, num_layers=32, head_dim=128, block_size=16, max_blocks=60000, blocks_per_pool=30000)
 long = dict(head_dim=256)
-norms = dict(max_positions=8192, head_normed=1, epsilon=1e-6)
+norms = dict(max_positions=8192, epsilon=1e-6)
 bf16, fp8 = dict(kv_element_bytes=2), dict(kv_element_bytes=1)
 attend = dict(window=0, scale=0.1)
-tokens = [(64, 6144), (8192, 128), (64,), (64,), (2, 128), (1,), (1,)]
+tokens = [(64, 6144), (2, 128), (8192, 128), (64,), (64,), (1,), (1,)]
 rows = [(64, 32, 128), (64, 9), (65,), (64,), (1,), (1,)]
 operators = [
     (KvWrite(**pool, **bf16, **norms, num_pools=1, num_heads=32, num_kv_heads=8), tokens),
@@ -410,7 +419,7 @@ cases += [(80, operators[1]), (89, operators[3])]
 for arch, (operator, shapes) in cases:
     launch = operator.launch(shapes, PlainArithmetic())
     types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
-    assert list(types) == launch.kernel.arg_names[: len(types)]
+    assert list(types) == [name for name in launch.kernel.arg_names if name not in launch.constants]
     compiled = compile_kernel(
         launch.kernel, types, launch.constants, arch=arch,
         num_warps=launch.num_warps, num_stages=launch.num_stages, max_registers=launch.max_registers,

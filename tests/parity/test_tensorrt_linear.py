@@ -110,7 +110,7 @@ def check(
     outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
     outputs[3] = torch.full((tile.splits * tile.block_m * n * (1 + layer.gated),), math.nan)
     launch = layer.launch_in(tile, shapes, PlainArithmetic())
-    launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
+    launch.kernel[launch.grid](**launch.arguments(inputs, outputs), **launch.constants)
 
     for output in outputs[: 1 + 2 * layer.adds_residual]:
         assert output[computed:].isnan().all(), "a tile of padding was written"
@@ -214,7 +214,7 @@ def test_rows_of_eight_bits_need_not_fill_a_tile(k: int) -> None:
     for tactic in range(layer.num_tactics):
         outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
         launch = layer.launch(shapes, PlainArithmetic(), tactic)
-        launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
+        launch.kernel[launch.grid](**launch.arguments(inputs, outputs), **launch.constants)
         assert torch.equal(outputs[0], values.float() @ weight.float().T)
 
 
@@ -284,7 +284,7 @@ def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
     for tactic in range(layer.num_tactics):
         outputs = [torch.full(shape, math.nan) for shape, _ in layer.outputs(shapes)]
         launch = layer.launch(shapes, PlainArithmetic(), tactic)
-        launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
+        launch.kernel[launch.grid](**launch.arguments(inputs, outputs), **launch.constants)
         torch.testing.assert_close(outputs[0], torch.nn.functional.silu(gate) * up, atol=1e-3, rtol=1e-4)
 
 
@@ -303,7 +303,7 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
         types = {MODEL: torch.float16, "fp32": torch.float32, "i32": torch.int32}
         outputs = [torch.full(shape, math.nan).to(types[element]) for shape, element in layer.outputs(shapes)]
         launch = layer.launch(shapes, PlainArithmetic(), tactic)
-        launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
+        launch.kernel[launch.grid](**launch.arguments(inputs, outputs), **launch.constants)
         torch.testing.assert_close(outputs[0].float(), expected, atol=1e-3, rtol=2**-11)
 
 
@@ -423,7 +423,7 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
     tile = LinearTile(splits=2, block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3)
     launch = layer.launch_in(tile, [x.shape, weight.shape], PlainArithmetic())
     inputs = [x, weight, x, x, x, x, x, x, x, state]
-    launch.kernel[(1, 1, 1)](*launch.arguments(inputs, outputs), **launch.constants)
+    launch.kernel[(1, 1, 1)](**launch.arguments(inputs, outputs), **launch.constants)
     assert state.view(torch.int32).nonzero().flatten().tolist() == [COUNTERS_BYTE // 4]
 
 
@@ -434,7 +434,7 @@ from dataclasses import replace
 
 from quire_build.tensorrt.kernels.compiled import compile_kernel
 from quire_build.tensorrt.linear_tiles import tile_bytes
-from quire_build.tensorrt.operators import Linear, PlainArithmetic
+from quire_build.tensorrt.operators import Linear, PlainArithmetic, ProjectQkv
 
 eight_bits = dict(weight_group=0, weight_float=0, narrow_rows=0)
 gpu = dict(shared_bytes=48 * 1024, multiprocessors=132)
@@ -459,11 +459,21 @@ cases += [(90, floating, tactic) for tactic in (0, floating.num_tactics - 1)]
 cases += [(90, wide, wide.num_tactics - 1), (80, plain, plain.num_tactics - 1), (89, gated, 1)]
 cases += [(80, replace(plain, weight_group=4096, narrow_rows=1), tactic) for tactic in (1, 5)]
 cases += [(89, fp8, tactic) for tactic in (1, 4)]
+pool = dict(
+    layer=1, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, max_blocks=60000,
+    num_pools=2, blocks_per_pool=30000, max_positions=8192,
+)
+product = dict(k=4096, epsilon=1e-5, normed=1, biased=1, shared_bytes=227 * 1024, multiprocessors=132)
+qkv = ProjectQkv(**pool, kv_element_bytes=2, **product, **eight_bits)
+narrow_kv = replace(qkv, kv_element_bytes=1, weight_group=4096, weight_float=1, narrow_rows=1)
+cases += [(90, qkv, 0), *((90, layer, tactic) for layer in (qkv, narrow_kv) for tactic in (3, -1))]
 for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
     launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer.tiles[tactic]
+    writes_kv = isinstance(layer, ProjectQkv)
+    layer = layer.linear if writes_kv else layer
     assert launch.max_shared_bytes == layer.shared_bytes
     types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
-    assert list(types) == launch.kernel.arg_names[: len(types)]
+    assert list(types) == [name for name in launch.kernel.arg_names if name not in launch.constants]
     compiled = compile_kernel(
         launch.kernel, types, launch.constants, arch=arch,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
@@ -477,6 +487,8 @@ for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
     assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
     assert compiled.language_scratch_bytes == launch.language_scratch_bytes
     assert ("cp.async.bulk.tensor" in compiled.ptx) == tile.tma
+    if writes_kv:
+        assert "st.global.v4" in compiled.ptx or "st.global.v2" in compiled.ptx, "narrow stores"
     assert tile.tma or "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
     if arch == 90 and launch.constants["BLOCK_M"] >= 64:
         numbers = {"int8": ".s32.s8.s8", "fp8": ".f32.e4m3.e4m3"}.get(layer.operands, ".f32.bf16.bf16")

@@ -34,10 +34,10 @@ from quire_build.quantization import PLANS, rotated
 from quire_build.tensorrt import operators
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.lowering.attention import lower_attention
-from quire_build.tensorrt.lowering.graph import Graph, attribute
+from quire_build.tensorrt.lowering.graph import LINEAR_INPUTS, Graph, attribute
 from quire_build.tensorrt.lowering.linear import lower_linear
 from quire_build.tensorrt.lowering.norm import lower_norms
-from quire_build.tensorrt.lowering.quantize import NUM_INPUTS, lower_quantization
+from quire_build.tensorrt.lowering.quantize import lower_quantization
 from quire_build.tensorrt.lowering.residual import lower_residual_sums
 from quire_build.tensorrt.lowering.swiglu import lower_swiglu
 
@@ -138,22 +138,36 @@ class PagedAttend(OpRun):
         return run_node(operators.PagedAttend, self.onnx_node, [*inputs, new_state()], attributes)
 
 
+def rows_and_others(kind: str, inputs: Sequence[Array | None]) -> list[Array | None]:
+    """A linear layer's inputs without rows of eight bits: made wide, they are its rows.
+
+    Nothing but a plan's builder quantises weights: these are as wide as ever.
+    """
+    own = list(inputs[: LINEAR_INPUTS[kind]])
+    if len(inputs) > len(own):
+        numbers, scales = inputs[len(own) :]
+        assert numbers is not None
+        assert scales is not None
+        rows = numbers.view(np.int8).astype(np.float32) * scales[:, None]
+        own[0] = rotated(torch.from_numpy(rows), PLANS["int8"].rotation(rows.shape[1])).numpy()
+    return own
+
+
 class Linear(OpRun):
     op_domain = "quire"
 
     def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
-        if len(inputs) <= NUM_INPUTS:
-            given = [*inputs, None, None, None, new_state()]
-            return run_node(operators.Linear, self.onnx_node, given, attributes)
-        # Nothing but a plan's builder quantises weights: these are as wide as ever, and the rows made so.
-        numbers, scales = inputs[NUM_INPUTS:]
-        assert numbers is not None
-        assert scales is not None
-        rows = numbers.view(np.int8).astype(np.float32) * scales[:, None]
-        rotation = PLANS["int8"].rotation(rows.shape[1])
-        wide = rotated(torch.from_numpy(rows), rotation).numpy()
-        given = [wide, *inputs[1:NUM_INPUTS], None, None, None, new_state()]
+        given = [*rows_and_others("Linear", inputs), None, None, None, new_state()]
         return run_node(operators.Linear, self.onnx_node, given, attributes)
+
+
+class ProjectQkv(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
+        own = rows_and_others("ProjectQkv", inputs)
+        given = [*own[:4], None, None, None, *own[4:], new_state()]
+        return run_node(operators.ProjectQkv, self.onnx_node, given, attributes)
 
 
 class Quantize(OpRun):
@@ -170,7 +184,7 @@ class Sample(OpRun):
         return run_node(operators.Sample, self.onnx_node, inputs, attributes)
 
 
-OPERATORS = [PagedAttention, StepBegin, KvWrite, PagedAttend, Quantize, Linear, Sample]
+OPERATORS = [PagedAttention, StepBegin, ProjectQkv, KvWrite, PagedAttend, Quantize, Linear, Sample]
 
 
 def step() -> dict[str, Array]:
@@ -191,7 +205,8 @@ def step() -> dict[str, Array]:
     pool[0] = 0.0
     for layer in range(2):
         inputs[f"key_cache.{layer}"], inputs[f"value_cache.{layer}"] = pool[:, layer, 0], pool[:, layer, 1]
-    inputs["kv_cache"] = pool
+    inputs["kv_cache"] = pool.copy()
+    inputs["kv_cache"][:, :, 0] = pool[:, :, 0][..., operators.in_pairs(16).numpy()]
     inputs["step"], inputs["engine_state"] = np.array([5, 77, STEP_MARK, 8, 3], np.int32), new_state()
     inputs["sampling"] = np.zeros((3, 5), np.float32)
     return inputs
@@ -250,7 +265,7 @@ def test_quantised_rows_are_as_near_as_eight_bits_come(model: onnx.ModelProto) -
     lower(quantized, PLANS["int8"])
     own = [node.op_type for node in quantized.graph.node if node.domain == "quire"]
     layer = [
-        "Quantize", "Linear", "KvWrite", "PagedAttend", *("Quantize", "Linear") * 3
+        "Quantize", "ProjectQkv", "PagedAttend", *("Quantize", "Linear") * 3
     ]  # fmt: skip
     assert own == ["StepBegin", *layer, *layer, "Quantize", "Linear", "Sample"]
     quantizers = [node for node in quantized.graph.node if node.op_type == "Quantize"]
@@ -274,13 +289,13 @@ def test_layers_that_share_their_rows_share_the_numbers() -> None:
     assert first.input[6:] == second.input[6:] == graph.of_type("Quantize")[0].output
 
 
-def test_lowered_graph_begins_and_samples_and_has_six_operators_a_layer(
+def test_lowered_graph_begins_and_samples_and_has_five_operators_a_layer(
     model: onnx.ModelProto,
 ) -> None:
     lowered = copy.deepcopy(model)
     lower(lowered)
     own = [node.op_type for node in lowered.graph.node if node.domain == "quire"]
-    layer = ["Linear", "KvWrite", "PagedAttend", "Linear", "Linear", "Linear"]
+    layer = ["ProjectQkv", "PagedAttend", "Linear", "Linear", "Linear"]
     assert own == ["StepBegin", *layer, *layer, "Linear", "Sample"]
     assert {node.op_type for node in lowered.graph.node if node.domain == ""} <= {
         "Gather", "Concat", "Mul", "Reshape", "ReduceSum", "Cast",

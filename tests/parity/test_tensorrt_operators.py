@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import rms_norm
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
@@ -33,15 +34,19 @@ from quire_build.tensorrt.operators import (
     Operator,
     PagedAttend,
     PlainArithmetic,
+    ProjectQkv,
     StepBegin,
+    in_pairs,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 MAX_POSITIONS, MAX_NUM_SEQS = 256, 8
+EPSILON = 1e-3
+HOPPER_SHARED_BYTES = 227 * 1024
 
 
-def run(operator: Operator, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def run(operator: Operator, inputs: Sequence[torch.Tensor], tactic: int = 0) -> list[torch.Tensor]:
     """Launch one float32 operator in the interpreter; outputs start as NaN, or -7, so that gaps show."""
     shapes = [tuple(tensor.shape) for tensor in inputs]
     outputs = []
@@ -51,8 +56,8 @@ def run(operator: Operator, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor
         outputs.append(
             torch.full(shape, -7 if integer else math.nan, dtype=torch.int32 if integer else torch.float32)
         )
-    launch = operator.launch(shapes, PlainArithmetic())
-    launch.kernel[launch.grid](*launch.arguments(inputs, outputs), **launch.constants)
+    launch = operator.launch(shapes, PlainArithmetic(), tactic)
+    launch.kernel[launch.grid](**launch.arguments(inputs, outputs), **launch.constants)
     return outputs
 
 
@@ -82,6 +87,18 @@ class Model:
     @property
     def block_shape(self) -> tuple[int, ...]:
         return (self.layers, 2, self.kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def width(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def in_pairs(self) -> torch.Tensor:
+        """The columns of queries, keys and values, those of queries and keys in pairs."""
+        columns = torch.arange(self.width).view(-1, self.head_dim)
+        rotated = self.heads + self.kv_heads
+        pairs = columns[:rotated, in_pairs(self.head_dim)]
+        return torch.cat([pairs, columns[rotated:]]).flatten()
 
 
 class CutPool:
@@ -123,12 +140,18 @@ class CutPool:
         bits = torch.uint8 if self.element_bytes == 1 else torch.int32
         return int((self.buffer.view(bits) != before.view(bits)).sum())
 
-    def begin(self, state: torch.Tensor, max_blocks: int) -> None:
-        """What StepBegin does for the pool."""
+    def begin(self, state: torch.Tensor, max_blocks: int, tokens: int = 1) -> None:
+        """What StepBegin does for the pool, and for a step of so many tokens."""
         parts = [*self.parts, *self.parts[:1] * (MAX_POOLS - len(self.parts))]
         operator = StepBegin(100, self.num_pools, self.element_bytes, max_blocks, MAX_NUM_SEQS)
-        step = integers([1, 1, STEP_MARK, 1, 1])
+        step = integers([1, 1, STEP_MARK, tokens, 1])
         run(operator, [integers([1]), step, state, *(part.view(torch.int64) for part in parts)])
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Heads [tokens, heads, head_dim] after RoPE as in Hugging Face's LLaMA, their dimensions in pairs."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)[..., in_pairs(x.shape[-1])]
 
 
 def write_and_attend(
@@ -139,14 +162,17 @@ def write_and_attend(
     layer: int,
     seed: int,
     padding: tuple[int, int] = (0, 0),
+    head_normed: bool = False,
+    hidden: int = 40,
+    tactic: int = 0,
 ) -> None:
-    """One layer of a step over random tables, both operators, against the specification.
+    """One layer of a step over random tables, projection to attention, against the specification.
 
     `padding` is so many tokens of no sequence, and sequences without tokens, behind the step's.
     """
     rng = np.random.default_rng(seed)
     state = new_state(pool.num_blocks)
-    pool.begin(state, pool.num_blocks)
+    pool.begin(state, pool.num_blocks, sum(query_lens))
 
     def random(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
@@ -165,18 +191,24 @@ def write_and_attend(
     slots = slots + positions % model.block_size
     starts, lengths = integers([0, *np.cumsum(query_lens)]), integers(seq_lens)
     cosine, sine = random(MAX_POSITIONS, half), random(MAX_POSITIONS, half)
-    qkv = random(sum(query_lens), (model.heads + 2 * model.kv_heads) * model.head_dim)
+    # Small integers and fractions: the product is exact, and so is what it is rounded to in a pool of e4m3.
+    unit = 2.0 ** -math.ceil(math.log2(50 * math.sqrt(hidden)))
+    x = torch.from_numpy(rng.integers(-8, 9, (sum(query_lens), hidden))).float()
+    weight = torch.from_numpy(rng.integers(-16, 17, (model.width, hidden))).float() * unit
+    head_norms = random(2, model.head_dim)
+    qkv = x @ weight.T
 
     expected_pool = pool.content()
     heads = [model.heads, model.kv_heads, model.kv_heads]
     split = torch.split(qkv.view(len(positions), -1, model.head_dim), heads, dim=1)
     cos, sin = cosine[positions.long(), None], sine[positions.long(), None]
-    query, key = (
-        torch.cat(
-            (x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1
-        ).flatten(1)
-        for x in split[:2]
-    )
+    queries, keys = split[:2]
+    if head_normed:
+        queries, keys = (
+            rms_norm(part, (model.head_dim,), norm, EPSILON)
+            for part, norm in zip((queries, keys), head_norms, strict=True)
+        )
+    query, key = (turned(part, cos, sin).flatten(1) for part in (queries, keys))
     value = split[2].flatten(1)
     if pool.element_bytes == 1:
         key, value = (kept.clamp(-448, 448).to(torch.float8_e4m3fn).float() for kept in (key, value))
@@ -188,14 +220,23 @@ def write_and_attend(
     before = pool.buffer.clone()
     table = torch.cat([cosine, sine], dim=1)
     tokens, (more_tokens, more_seqs) = len(positions), padding
-    qkv = torch.cat([qkv, torch.full((more_tokens, qkv.shape[1]), math.nan)])
+    x, qkv = (
+        torch.cat([rows, torch.full((more_tokens, rows.shape[1]), math.nan)])[:, order]
+        for rows, order in ((x, torch.arange(hidden)), (qkv, model.in_pairs))
+    )
     positions = torch.cat([positions, integers([0] * more_tokens)])
     slots = torch.cat([slots, integers([0] * more_tokens)])
     # Nobody fills the tables of padding in.
     tables = torch.cat([tables, torch.full((more_seqs, tables.shape[1]), 2**31 - 1, dtype=torch.int32)])
     starts = torch.cat([starts, integers([tokens] * more_seqs)])
     lengths = torch.cat([lengths, integers([0] * more_seqs)])
-    (rotated,) = run(kv_write(model, pool, layer), [qkv, table, positions, slots, qkv, pool.parts[0], state])
+    to_pool = [table, positions, slots, pool.parts[0], state]
+    if head_normed:
+        norms = head_norms[:, in_pairs(model.head_dim)]
+        (rotated,) = run(kv_write(model, pool, layer), [qkv, norms, *to_pool])
+    else:
+        weight = weight[model.in_pairs]
+        rotated, *_ = run(project_qkv(model, pool, layer, hidden), [x, weight, *[x] * 5, *to_pool], tactic)
     torch.testing.assert_close(rotated[:tokens].flatten(1), query, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(pool.content(), expected_pool, atol=1e-6, rtol=1e-5)
     written = tokens * 2 * model.kv_heads * model.head_dim
@@ -206,19 +247,29 @@ def write_and_attend(
     assert not counters(state).any(), "a counter was left behind"
 
 
-def kv_write(model: Model, pool: CutPool, layer: int) -> KvWrite:
-    return KvWrite(
-        layer, model.layers, model.heads, model.kv_heads, model.head_dim, model.block_size, pool.num_blocks,
-        pool.num_pools, pool.per_pool, pool.element_bytes, max_positions=MAX_POSITIONS, head_normed=0,
-        epsilon=0.0,
+def layout(model: Model, pool: CutPool, layer: int) -> dict[str, int]:
+    return {
+        "layer": layer, "num_layers": model.layers, "num_heads": model.heads, "num_kv_heads": model.kv_heads,
+        "head_dim": model.head_dim, "block_size": model.block_size, "max_blocks": pool.num_blocks,
+        "num_pools": pool.num_pools, "blocks_per_pool": pool.per_pool,
+        "kv_element_bytes": pool.element_bytes,
+    }  # fmt: skip
+
+
+def project_qkv(model: Model, pool: CutPool, layer: int, hidden: int) -> ProjectQkv:
+    return ProjectQkv(
+        k=hidden, normed=0, epsilon=0.0, biased=0, weight_group=0, weight_float=0, narrow_rows=0,
+        shared_bytes=HOPPER_SHARED_BYTES, multiprocessors=12, max_positions=MAX_POSITIONS,
+        **layout(model, pool, layer),
     )  # fmt: skip
+
+
+def kv_write(model: Model, pool: CutPool, layer: int) -> KvWrite:
+    return KvWrite(max_positions=MAX_POSITIONS, epsilon=EPSILON, **layout(model, pool, layer))
 
 
 def paged_attend(model: Model, pool: CutPool, layer: int) -> PagedAttend:
-    return PagedAttend(
-        layer, model.layers, model.heads, model.kv_heads, model.head_dim, model.block_size, pool.num_blocks,
-        pool.num_pools, pool.per_pool, pool.element_bytes, window=model.window, scale=0.3,
-    )  # fmt: skip
+    return PagedAttend(window=model.window, scale=0.3, **layout(model, pool, layer))
 
 
 STEPS = {
@@ -227,6 +278,7 @@ STEPS = {
     "a pool in all parts": (Model(2, 1, 16, 8, layers=1), MAX_POOLS, [1, 1], [200, 30]),
     "no grouped heads": (Model(2, 2, 16, 16), 2, [1, 70], [150, 80]),
     "a group of seven": (Model(7, 1, 16, 16), 1, [1, 30], [230, 40]),
+    "tiles that end within a head": (Model(3, 1, 24, 8), 1, [1, 70], [50, 80]),
     "a window": (Model(4, 2, 16, 8, window=12), 2, [1, 30], [150, 80]),
 }
 
@@ -240,6 +292,24 @@ def test_write_and_attend_are_rope_and_paged_attention(name: str, dtype: torch.d
     model, num_pools, query_lens, seq_lens = STEPS[name]
     pool = CutPool(model, 48, num_pools, len(name), dtype)
     write_and_attend(model, pool, query_lens, seq_lens, model.layers - 1, len(name))
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 70, 69]], ids=["few", "many"])
+@pytest.mark.parametrize("tactic", range(9))
+def test_every_tile_writes_and_passes_on_what_it_should(tactic: int, query_lens: list[int]) -> None:
+    model, hidden = Model(6, 2, 32, 8), 1040
+    pool = CutPool(model, 48, 2, tactic)
+    tiles = project_qkv(model, pool, 1, hidden).tiles
+    assert len(tiles) == 9
+    assert {tile.splits > 1 for tile in tiles} == {tile.tma for tile in tiles} == {True, False}
+    write_and_attend(model, pool, query_lens, [90, 70, 80], 1, tactic, (130, 2), hidden=hidden, tactic=tactic)
+
+
+@pytest.mark.parametrize("name", ["decode rows and chunks", "no grouped heads"])
+def test_heads_may_be_normed_before_they_are_rotated(name: str) -> None:
+    model, num_pools, query_lens, seq_lens = STEPS[name]
+    pool = CutPool(model, 48, num_pools, len(name))
+    write_and_attend(model, pool, query_lens, seq_lens, 0, len(name), (5, 4), head_normed=True)
 
 
 @pytest.mark.parametrize("padding", [(0, 2), (5, 4), (90, 4)])
@@ -292,10 +362,12 @@ def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else(dtype: 
         def draw(shape: tuple[int, ...], low: int = low, high: int = high) -> torch.Tensor:
             return torch.from_numpy(rng.integers(low, high, shape, dtype=np.int32))
 
-        qkv, table = torch.ones(tokens, 8 * 16), torch.ones(MAX_POSITIONS, 16)
+        x, weight = torch.ones(tokens, 40), torch.ones(model.width, 40)
+        table = torch.ones(MAX_POSITIONS, 16)
         before = pool.buffer.clone()
         positions, slots = draw((tokens,)), draw((tokens,))
-        (rotated,) = run(kv_write(model, pool, 0), [qkv, table, positions, slots, qkv, pool.parts[0], state])
+        to_pool = [table, positions, slots, pool.parts[0], state]
+        rotated, *_ = run(project_qkv(model, pool, 0, 40), [x, weight, *[x] * 5, *to_pool])
         written = {s for s in slots.tolist() if 8 <= s < 12 * 8} if state[0] >= 12 else set()
         changed = pool.changed_since(before)
         assert changed <= len(written) * 2 * 2 * 16

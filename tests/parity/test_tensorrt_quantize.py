@@ -44,7 +44,7 @@ def launched(
     numbers = torch.full(words, -7, dtype=torch.int32)
     scales = torch.full(rows, math.nan)
     launch = layer.launch(shapes, PlainArithmetic())
-    launch.kernel[launch.grid](*launch.arguments((x, state), (numbers, scales)), **launch.constants)
+    launch.kernel[launch.grid](**launch.arguments((x, state), (numbers, scales)), **launch.constants)
     return numbers.view(DTYPES["fp8" if layer.to_float else "int8"]).float(), scales
 
 

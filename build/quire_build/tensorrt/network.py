@@ -7,7 +7,7 @@ The graph says what is computed; what is decided here is in which type, and for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,8 +21,7 @@ from quire.execution.engine_state import MAX_POOLS
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import Quantization
 from quire_build.tensorrt.lowering.attention import POOL
-from quire_build.tensorrt.lowering.graph import attribute
-from quire_build.tensorrt.lowering.quantize import NUM_INPUTS
+from quire_build.tensorrt.lowering.graph import LINEAR_INPUTS, attribute
 from quire_build.tensorrt.lowering.step import STATE
 from quire_build.tensorrt.operators import OPERATORS
 
@@ -105,6 +104,11 @@ class NetworkWriter:
         }
         self._weights = {initializer.name for initializer in self._graph.initializer} - set(self._integers)
         self._stacks = {node.output[0]: node for node in self._graph.node if node.op_type == "Concat"}
+        self._reordered = {
+            node.output[0]: node
+            for node in self._graph.node
+            if node.op_type == "Gather" and node.input[1] in self._integers
+        }
 
     def write(self) -> None:
         """Add inputs, nodes and outputs.
@@ -155,6 +159,9 @@ class NetworkWriter:
         return self._network.add_constant(shape, values).get_output(0)
 
     def _data(self, name: str) -> Tensor:
+        if name in self._reordered:
+            source, order = self._reordered[name].input
+            return self._data(source)[torch.from_numpy(self._integers[order])]
         if name in self._stacks:
             stack = self._stacks[name]
             return torch.cat([self._data(part) for part in stack.input], dim=attribute(stack, "axis"))
@@ -166,20 +173,24 @@ class NetworkWriter:
 
         One of the checkpoint's tensors is quantised at a time, from its own type.
         """
+        order: Any = slice(None)
+        if name in self._reordered:
+            name, by = self._reordered[name].input
+            order = torch.from_numpy(self._integers[by])
         parts = self._stacks[name].input if name in self._stacks else [name]
         quantized = [quantization.weight(self._weight(part).detach().cpu(), self._dtype) for part in parts]
-        values = torch.cat([part.values for part in quantized])
+        values = torch.cat([part.values for part in quantized])[order]
         k = values.shape[1]
         refused = f"a plan of {quantization.narrow} cannot run a linear layer of {k} inputs"
         if k % 4:
             raise UnsupportedModelError(f"{refused}, only of multiples of 4")
         if quantization.inputs and k > LARGEST_SUM:
             raise UnsupportedModelError(f"{refused}, only of up to {LARGEST_SUM}")
-        scales = torch.cat([part.scales for part in quantized]).T.contiguous()
+        scales = torch.cat([part.scales for part in quantized])[order].T.contiguous()
         return self._constant(values.view(torch.int32)), self._constant(scales)
 
     def _is_weight(self, name: str) -> bool:
-        return name in self._weights or name in self._stacks
+        return name in self._weights or name in self._stacks or name in self._reordered
 
     def _add_concat(self, node: NodeProto) -> None:
         """Nothing: a Concat of weights is carried out where it is read."""
@@ -187,6 +198,8 @@ class NetworkWriter:
             raise UnsupportedModelError(f"a plan cannot run Concat '{node.name}' of anything but weights")
 
     def _add_gather(self, node: NodeProto) -> None:
+        if node.output[0] in self._reordered:
+            return  # a weight in another order, which is carried out where it is read
         data, indices = (self._tensor(name) for name in node.input)
         layer = self._network.add_gather(data, indices, attribute(node, "axis", 0))
         self._tensors[node.output[0]] = layer.get_output(0)
@@ -222,26 +235,42 @@ class NetworkWriter:
         self._add_own(node, inputs + pools)
 
     def _add_kvwrite(self, node: NodeProto) -> None:
-        names = [name or node.input[0] for name in node.input]
-        self._add_own(node, [*(self._tensor(name) for name in names), self._tensors[STATE]])
+        self._add_own(node, [*(self._tensor(name) for name in node.input), self._tensors[STATE]])
 
     def _add_pagedattend(self, node: NodeProto) -> None:
         self._add_own(node, [*(self._tensor(name) for name in node.input), self._tensors[STATE]])
 
     def _add_linear(self, node: NodeProto) -> None:
-        x, weight, *others = node.input
+        x, weight, squares, residual, next_norm, bias, *rest = _padded(node.input, LINEAR_INPUTS["Linear"])
+        self._add_product(node, x, weight, [squares, residual, next_norm, bias], rest, [])
+
+    def _add_projectqkv(self, node: NodeProto) -> None:
+        x, weight, squares, bias, *others = _padded(node.input, LINEAR_INPUTS["ProjectQkv"])
+        self._add_product(node, x, weight, [squares, bias], others[4:], others[:4])
+
+    def _add_product(
+        self,
+        node: NodeProto,
+        x: str,
+        weight: str,
+        surroundings: Sequence[str],
+        narrow_rows: Sequence[str],
+        pool: Sequence[str],
+    ) -> None:
+        """Add a linear layer, with what it reads around its product and what it writes to the pool by."""
         rows = self._tensor(x)
         # An input that is not read is bound to the rows.
-        others += [""] * (NUM_INPUTS + 2 - len(node.input))
-        *surroundings, narrow_x, x_scales = (self._tensor(name) if name else rows for name in others)
+        read = [self._tensor(name) if name else rows for name in surroundings]
+        narrow = [self._tensor(name) for name in narrow_rows] or [rows, rows]
         quantization = self._quantization
         if quantization is not None:
             matrix, scales = self._quantized(weight, quantization)
         else:
             matrix, scales = self._tensor(weight), rows
+        to_pool = [self._tensor(name) for name in pool]
         self._add_own(
             node,
-            [rows, matrix, *surroundings, scales, narrow_x, x_scales, self._tensors[STATE]],
+            [rows, matrix, *read, scales, *narrow, *to_pool, self._tensors[STATE]],
             normed=0,
             epsilon=0.0,
             gated=0,
@@ -280,3 +309,8 @@ class NetworkWriter:
         layer.name = f"{node.op_type}:{node.output[0]}"
         for index, name in enumerate(node.output):
             self._tensors[name] = layer.get_output(index)
+
+
+def _padded(names: Sequence[str], least: int) -> list[str]:
+    """A node's inputs, with those at the end that it leaves out."""
+    return [*names, *[""] * (least - len(names))]

@@ -30,9 +30,10 @@ from quire_build.tensorrt.machine import copy_bandwidth_gb_s, this_gpu
 
 KINDS: Mapping[str, str] = {
     "Linear": "linear layers",
+    "ProjectQkv": "linear layers",
     "Quantize": "quantising",
     "PagedAttend": "attention",
-    "KvWrite": "KV write",
+    "KvWrite": "norm of heads",
     "Sample": "sampling",
 }
 """What the operators are called; layers of any other are the rest."""

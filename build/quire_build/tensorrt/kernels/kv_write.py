@@ -1,10 +1,20 @@
-"""Norm and rotate queries and keys, put keys and values where the step's slots say."""
+"""Rotating queries and keys, and putting keys and values where the step's slots say.
+
+The linear layer that makes them does it with its tiles (`linear.py`); only where each head is normed before
+it is rotated, which takes whole heads, a kernel of its own does.
+
+RoPE turns pairs of dimensions, as Hugging Face's LLaMA has them dimension d of a head's first half and of its
+second. Here the two lie side by side, so that any tile has both: the rows of the weights are in that order,
+and so are queries, and keys in the pool. Attention does not see it, since scores are sums over dimensions.
+"""
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
 # ruff: noqa: N803, N806
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,106 +25,166 @@ from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_off
 LARGEST_E4M3 = tl.constexpr(LARGEST["fp8"])
 
 
-@triton.jit(do_not_specialize=["layer"])
+class Heads(NamedTuple):
+    """What a row's columns are, and the pool that a part of them goes to: constants of a kernel.
+
+    Attributes:
+        num_heads: heads of queries, whose columns come first.
+        num_kv_heads: heads of keys, which come next, and of values.
+        head_dim: columns of a head.
+        max_positions: rows of the table of cosines and sines.
+        block_size: tokens in a block of the pool.
+        block_elements: elements of a block over all layers.
+        max_blocks: no pool of this plan has more blocks.
+        num_pools, blocks_per_pool: the pool's parts.
+        pool_offsets_byte: where the engine's state says how far apart they are.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    block_size: int
+    block_elements: int
+    max_blocks: int
+    num_pools: int
+    blocks_per_pool: int
+    pool_offsets_byte: int
+
+
+@triton.jit
+def read_places(row, first_column, num_rows, heads, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a tile's rows and columns from ``first_column`` on are turned by, and where in the pool they go.
+
+    Args:
+        heads: the tuple (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer) of `kv_write`.
+
+    Returns:
+        Cosines and sines of the pairs, float32 [rows, BLOCK_N / 2], 1 and 0 for values; elements from the
+        pool's pointer to a row's place in the layer, int64 [rows]; whether there is one, [rows].
+    """
+    cos_sin, positions, slot_mapping, _, engine_state, layer = heads
+    HALF: tl.constexpr = HEADS.head_dim // 2
+    PLANE: tl.constexpr = HEADS.num_kv_heads * HEADS.block_size * HEADS.head_dim
+    is_row = row < num_rows
+    pair = first_column // 2 + tl.arange(0, BLOCK_N // 2)
+    turns = is_row[:, None] & (pair < (HEADS.num_heads + HEADS.num_kv_heads) * HALF)[None, :]
+    position = tl.load(positions + row, mask=is_row, other=0)
+    position = tl.minimum(tl.maximum(position, 0), HEADS.max_positions - 1)
+    angle = cos_sin + position[:, None] * HEADS.head_dim + (pair % HALF)[None, :]
+    cos = tl.load(angle, mask=turns, other=1.0)
+    sin = tl.load(angle + HALF, mask=turns, other=0.0)
+
+    num_blocks = pool_blocks(engine_state, HEADS.max_blocks)
+    offsets = pool_offsets(engine_state, HEADS.pool_offsets_byte)
+    slot = tl.load(slot_mapping + row, mask=is_row, other=0)
+    block = slot // HEADS.block_size
+    is_stored = (block > 0) & (block < num_blocks)
+    block = tl.where(is_stored, block, 0)
+    place = (
+        block_start(block, offsets, HEADS.block_elements, HEADS.num_pools, HEADS.blocks_per_pool)
+        + layer.to(tl.int64) * (2 * PLANE)
+        + (slot % HEADS.block_size) * HEADS.head_dim
+    )
+    return cos, sin, place, is_stored
+
+
+@triton.jit
+def store_heads(
+    tile,
+    places,
+    row,
+    first_column,
+    end_column,
+    num_rows,
+    heads,
+    query,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Turn a tile of queries, keys and values, and store it.
+
+    Args:
+        tile: float32 [BLOCK_M, BLOCK_N].
+        places: what `read_places` returned for it.
+        first_column: even.
+        end_column: columns from there on are padding.
+        heads, query: see `kv_write`.
+    """
+    cos, sin, place, is_stored = places
+    kv_cache = heads[3]
+    SIZE: tl.constexpr = HEADS.head_dim
+    KEYS: tl.constexpr = HEADS.num_heads * SIZE
+    n = first_column + tl.arange(0, BLOCK_N)
+    low, high = tl.split(tl.reshape(tile, [BLOCK_M, BLOCK_N // 2, 2]))
+    turned = tl.join(low * cos - high * sin, high * cos + low * sin)
+    tile = tl.reshape(turned, [BLOCK_M, BLOCK_N])
+    if first_column < KEYS:
+        mask = (row < num_rows)[:, None] & ((n < KEYS) & (n < end_column))[None, :]
+        target = query + row.to(tl.int64)[:, None] * KEYS + n[None, :]
+        tl.store(target, tile.to(query.dtype.element_ty), mask=mask)
+    if first_column + BLOCK_N > KEYS:
+        mask = is_stored[:, None] & ((n >= KEYS) & (n < end_column))[None, :]
+        # Keys of all heads, then values of all heads, are the planes of a layer in this order.
+        plane = (n - KEYS) // SIZE * (HEADS.block_size * SIZE)
+        target = kv_cache + place[:, None] + (plane + (n - KEYS) % SIZE)[None, :]
+        if kv_cache.dtype.element_ty.primitive_bitwidth == 8:
+            tile = tl.clamp(tile, -LARGEST_E4M3, LARGEST_E4M3, tl.PropagateNan.ALL)
+        tl.store(target, tile.to(kv_cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "layer"])
 def kv_write(
     qkv,
+    head_norms,
     cos_sin,
     positions,
     slot_mapping,
-    head_norms,
     kv_cache,
     engine_state,
+    num_rows,
     layer,
     query,
-    HEAD_DIM: tl.constexpr,
-    HALF_PADDED: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_ELEMENTS: tl.constexpr,
-    MAX_BLOCKS: tl.constexpr,
-    NUM_POOLS: tl.constexpr,
-    BLOCKS_PER_POOL: tl.constexpr,
-    POOL_OFFSETS_BYTE: tl.constexpr,
-    MAX_POSITIONS: tl.constexpr,
-    HEADS_PER_PROGRAM: tl.constexpr,
-    HEAD_NORM: tl.constexpr,
+    HEADS: tl.constexpr,
     EPSILON: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Apply RoPE (halves, as in Hugging Face's LLaMA) and write K and V of one layer into the pool.
+    """Norm one head of BLOCK_M tokens unless it is one of values, rotate it, and write K and V into the pool.
 
     Slots of the null block, and slots outside the pool, are skipped.
 
-    Grid: (T, cdiv(NUM_HEADS + 2 * NUM_KV_HEADS, HEADS_PER_PROGRAM)).
+    Grid: (cdiv(num_rows, BLOCK_M), num_heads + 2 * num_kv_heads).
 
     Args:
-        qkv: [T, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM], a token's queries, then keys, then values.
-        cos_sin: float32 [MAX_POSITIONS, HEAD_DIM], cosines of the HEAD_DIM / 2 frequencies, then sines.
-        positions: int32 [T].
-        slot_mapping: int32 [T], block * BLOCK_SIZE + offset.
-        head_norms: [2, HEAD_DIM], weights of the RMSNorm of each query head and of each key head; not read
-            unless HEAD_NORM.
-        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM]. In a
+        qkv: [num_rows, (num_heads + 2 * num_kv_heads) * head_dim], a token's queries, then keys, then values;
+            the dimensions of queries and keys in pairs, as the module says.
+        head_norms: [2, head_dim], weights of the RMSNorm of each query head and of each key head, in pairs.
+        cos_sin: float32 [max_positions, head_dim], cosines of the head_dim / 2 frequencies, then sines.
+        positions: int32 [num_rows].
+        slot_mapping: int32 [num_rows], block * block_size + offset.
+        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][head_dim]. In a
             pool of e4m3 the scale is 1, and what is beyond its range becomes its largest number.
         engine_state: int64, see `quire.execution.engine_state`.
         layer: which layer's K and V to write.
-        query: out, [T, NUM_HEADS, HEAD_DIM], rotated.
+        query: out, [num_rows, num_heads, head_dim], rotated, in pairs.
+        HEADS: a `Heads`.
+        BLOCK_N: head_dim, rounded up to a power of two.
     """
-    HALF: tl.constexpr = HEAD_DIM // 2
-    KEYS_END: tl.constexpr = NUM_HEADS + NUM_KV_HEADS
-    HEADS: tl.constexpr = KEYS_END + NUM_KV_HEADS
-    PLANE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
-
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS_PER_PROGRAM + tl.arange(0, HEADS_PER_PROGRAM)
-    dim = tl.arange(0, HALF_PADDED)
-    mask = (head < HEADS)[:, None] & (dim < HALF)[None, :]
-
-    source = qkv + token * (HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dim[None, :]
-    low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-
-    is_value = (head >= KEYS_END)[:, None]
-    if HEAD_NORM:
-        mean_square = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM
-        scale = tl.where(is_value, 1.0, tl.rsqrt(mean_square + EPSILON)[:, None])
-        gain = head_norms + tl.where(head < NUM_HEADS, 0, HEAD_DIM)[:, None] + dim[None, :]
-        low = low * scale * tl.where(is_value, 1.0, tl.load(gain, mask=mask, other=0.0).to(tl.float32))
-        high = (
-            high * scale * tl.where(is_value, 1.0, tl.load(gain + HALF, mask=mask, other=0.0).to(tl.float32))
-        )
-
-    position = tl.minimum(tl.maximum(tl.load(positions + token), 0), MAX_POSITIONS - 1)
-    cos = tl.load(cos_sin + position * HEAD_DIM + dim, mask=dim < HALF, other=1.0)
-    sin = tl.load(cos_sin + position * HEAD_DIM + HALF + dim, mask=dim < HALF, other=0.0)
-    rotated_low = tl.where(is_value, low, low * cos[None, :] - high * sin[None, :])
-    rotated_high = tl.where(is_value, high, high * cos[None, :] + low * sin[None, :])
-
-    is_query = (head < NUM_HEADS)[:, None]
-    target = query + token * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(target, rotated_low.to(query.dtype.element_ty), mask=mask & is_query)
-    tl.store(target + HALF, rotated_high.to(query.dtype.element_ty), mask=mask & is_query)
-
-    num_blocks = pool_blocks(engine_state, MAX_BLOCKS)
-    offsets = pool_offsets(engine_state, POOL_OFFSETS_BYTE)
-    slot = tl.load(slot_mapping + token)
-    block = slot // BLOCK_SIZE
-    target_block = block + tl.zeros_like(
-        head
-    )  # one per head: the interpreter splats integers rightly, masks not
-    stored = mask & ((head >= NUM_HEADS) & (target_block > 0) & (target_block < num_blocks))[:, None]
-    plane = tl.where(head < KEYS_END, 0, PLANE)
-    kv_head = tl.where(head < KEYS_END, head - NUM_HEADS, head - KEYS_END)
-    place = (
-        kv_cache
-        + block_start(target_block, offsets, BLOCK_ELEMENTS, NUM_POOLS, BLOCKS_PER_POOL)[:, None]
-        + layer.to(tl.int64) * (2 * PLANE)
-        + (plane + kv_head * (BLOCK_SIZE * HEAD_DIM))[:, None]
-        + (slot % BLOCK_SIZE) * HEAD_DIM
-        + dim[None, :]
-    )
-    if kv_cache.dtype.element_ty.primitive_bitwidth == 8:
-        rotated_low = tl.clamp(rotated_low, -LARGEST_E4M3, LARGEST_E4M3, tl.PropagateNan.ALL)
-        rotated_high = tl.clamp(rotated_high, -LARGEST_E4M3, LARGEST_E4M3, tl.PropagateNan.ALL)
-    tl.store(place, rotated_low.to(kv_cache.dtype.element_ty), mask=stored)
-    tl.store(place + HALF, rotated_high.to(kv_cache.dtype.element_ty), mask=stored)
+    SIZE: tl.constexpr = HEADS.head_dim
+    WIDTH: tl.constexpr = (HEADS.num_heads + 2 * HEADS.num_kv_heads) * SIZE
+    head = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_N)
+    heads = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
+    places = read_places(row, head * SIZE, num_rows, heads, HEADS, BLOCK_N)
+    source = qkv + row.to(tl.int64)[:, None] * WIDTH + (head * SIZE + dim)[None, :]
+    mask = (row < num_rows)[:, None] & (dim < SIZE)[None, :]
+    tile = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if head < HEADS.num_heads + HEADS.num_kv_heads:
+        gain = head_norms + tl.where(head < HEADS.num_heads, 0, SIZE) + dim
+        scale = tl.rsqrt(tl.sum(tile * tile, 1) / SIZE + EPSILON)
+        tile = tile * scale[:, None] * tl.load(gain, mask=dim < SIZE, other=0.0).to(tl.float32)[None, :]
+    end = (head + 1) * SIZE
+    store_heads(tile, places, row, head * SIZE, end, num_rows, heads, query, HEADS, BLOCK_M, BLOCK_N)

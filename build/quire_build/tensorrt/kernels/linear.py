@@ -1,4 +1,6 @@
-"""A linear layer with what surrounds it in a LLaMA block: RMSNorm before, SwiGLU or the residual sum after.
+"""A linear layer with what surrounds it in a LLaMA block.
+
+That is RMSNorm before it; SwiGLU, the residual sum, or RoPE and the way to the KV pool after it.
 
 A decode step is a stream of weights past a few rows, and everything else should hide behind that stream. So
 RMSNorm is not a step of its own: the layer that adds to the residual stream also leaves the new rows times
@@ -23,6 +25,7 @@ import triton
 import triton.language as tl
 
 from quire.execution.engine_state import COUNTERS_BYTE
+from quire_build.tensorrt.kernels.kv_write import read_places, store_heads
 from quire_build.tensorrt.kernels.step_size import used
 
 COUNTERS_OFFSET = tl.constexpr(COUNTERS_BYTE // 4)
@@ -104,18 +107,33 @@ def row_scale(squares, row, num_rows, K: tl.constexpr, EPSILON: tl.constexpr):
 
 
 @triton.jit
-def residual_tile(residual, row, first_column, num_rows, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of the rows that a layer's result is added to, [rows, BLOCK_N] from ``first_column`` on."""
-    n = first_column + tl.arange(0, BLOCK_N)
-    mask = (row < num_rows)[:, None] & (n < N)[None, :]
-    return tl.load(residual + row.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
+def read_beside(
+    row,
+    first_column,
+    num_rows,
+    residual,
+    next_norm,
+    heads,
+    N: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What `finish` reads beside the product, for the columns from ``first_column`` on.
 
-
-@triton.jit
-def next_gain(next_norm, first_column, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The next norm's weight for the same columns, [BLOCK_N]."""
-    n = first_column + tl.arange(0, BLOCK_N)
-    return tl.load(next_norm + n, mask=n < N, other=0.0)
+    A tuple: when RESIDUAL the rows that the result is added to [BLOCK_M, BLOCK_N] and the next norm's weight
+    [BLOCK_N], with HEADS what `read_places` says, and else nothing of use.
+    """
+    if RESIDUAL:
+        n = first_column + tl.arange(0, BLOCK_N)
+        mask = (row < num_rows)[:, None] & (n < N)[None, :]
+        before = tl.load(residual + row.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
+        beside = (before, tl.load(next_norm + n, mask=n < N, other=0.0))
+    elif HEADS is not None:
+        beside = read_places(row, first_column, num_rows, heads, HEADS, BLOCK_N)
+    else:
+        beside = (row, row)
+    return beside
 
 
 @triton.jit
@@ -123,12 +141,12 @@ def finish(
     acc,
     up,
     scale,
-    before,
-    gain,
+    beside,
     row,
     first_column,
     num_rows,
     bias,
+    heads,
     out,
     normed,
     out_squares,
@@ -137,6 +155,7 @@ def finish(
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -146,8 +165,7 @@ def finish(
         acc: float32 [BLOCK_M, BLOCK_N], the product; the gate's columns when GATED.
         up: as large, the up projection's columns; not used unless GATED.
         scale: `row_scale`; not used unless NORMED.
-        before: `residual_tile`; not used unless RESIDUAL.
-        gain: `next_gain`; likewise.
+        beside: `read_beside`.
     """
     row_mask = row < num_rows
     n = first_column + tl.arange(0, BLOCK_N)
@@ -163,13 +181,16 @@ def finish(
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * up
     if RESIDUAL:
-        acc += before.to(tl.float32)
-    target = row.to(tl.int64)[:, None] * N + n[None, :]
-    result = acc.to(out.dtype.element_ty)
-    tl.store(out + target, result, mask=mask)
+        acc += beside[0].to(tl.float32)
+    if HEADS is not None:
+        store_heads(acc, beside, row, first_column, N, num_rows, heads, out, HEADS, BLOCK_M, BLOCK_N)
+    else:
+        target = row.to(tl.int64)[:, None] * N + n[None, :]
+        result = acc.to(out.dtype.element_ty)
+        tl.store(out + target, result, mask=mask)
     if RESIDUAL:
         kept = tl.where(mask, result.to(tl.float32), 0.0)
-        gained = kept * gain.to(tl.float32)[None, :]
+        gained = kept * beside[1].to(tl.float32)[None, :]
         tl.store(normed + target, gained.to(normed.dtype.element_ty), mask=mask)
         PARTS: tl.constexpr = BLOCK_N // SQUARES_WIDTH
         sums = tl.sum(tl.reshape(kept * kept, [BLOCK_M, PARTS, SQUARES_WIDTH]), 2)
@@ -185,8 +206,7 @@ def finish(
 def _read_and_finish(
     acc,
     up,
-    before,
-    gain,
+    beside,
     row,
     first_column,
     num_rows,
@@ -194,6 +214,7 @@ def _read_and_finish(
     residual,
     next_norm,
     bias,
+    heads,
     out,
     normed,
     out_squares,
@@ -204,6 +225,7 @@ def _read_and_finish(
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -211,16 +233,17 @@ def _read_and_finish(
     scale = row
     if NORMED:
         scale = row_scale(squares, row, num_rows, K, EPSILON)
-    if RESIDUAL and BLOCK_M * BLOCK_N > SMALL_TILE:
-        before = residual_tile(residual, row, first_column, num_rows, N, BLOCK_N)
-        gain = next_gain(next_norm, first_column, N, BLOCK_N)
+    if BLOCK_M * BLOCK_N > SMALL_TILE:
+        beside = read_beside(
+            row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
+        )
     finish(
-        acc, up, scale, before, gain, row, first_column, num_rows, bias, out, normed, out_squares, N,
-        NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+        acc, up, scale, beside, row, first_column, num_rows, bias, heads, out, normed, out_squares, N,
+        NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["num_rows", "num_splits", "layer"])
 def linear(
     x,
     weight,
@@ -231,9 +254,14 @@ def linear(
     scales,
     narrow_x,
     x_scales,
+    cos_sin,
+    positions,
+    slot_mapping,
+    kv_cache,
     engine_state,
     num_rows,
     num_splits,
+    layer,
     out,
     normed,
     out_squares,
@@ -248,6 +276,7 @@ def linear(
     WEIGHT_GROUP: tl.constexpr,
     WEIGHT_FLOAT: tl.constexpr,
     NARROW_ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
     COUNTED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -272,9 +301,11 @@ def linear(
             read unless there is a WEIGHT_GROUP.
         narrow_x: ``x`` in the weight's type, four to an int32; not read unless NARROW_ROWS.
         x_scales: float32 [num_rows], of the rows of ``narrow_x``; likewise.
+        cos_sin, positions, slot_mapping, kv_cache, layer: see `kv_write`; None without HEADS.
         engine_state: says how many rows the step has, and lends each tile a counter while there are splits.
         num_splits: parts of K, at most SPLITS.
-        out: out, [num_rows, N]: silu(gate) * up when GATED.
+        out: out, [num_rows, N]: silu(gate) * up when GATED. With HEADS the rotated queries alone; keys
+            and values go to the pool.
         normed: out when RESIDUAL, [num_rows, N], ``out`` times ``next_norm``.
         out_squares: out when RESIDUAL, float32 [num_rows, N / SQUARES_WIDTH].
         partial: scratch, float32 [row tiles * num_splits, BLOCK_M, N], twice that when GATED; unused without
@@ -283,6 +314,7 @@ def linear(
             where weights have the rows' type.
         WEIGHT_FLOAT: whether numbers of eight bits are floats (e4m3) and not integers.
         NARROW_ROWS: whether rows have eight bits, as weights then do.
+        HEADS: a `kv_write.Heads` where the columns are queries, keys and values; else None.
         COUNTED: what a row is, for `step_size.used`. Tiles of padding alone are left out; the rows of padding
             in others are computed.
         BLOCK_N: a multiple of SQUARES_WIDTH when RESIDUAL.
@@ -337,12 +369,13 @@ def linear(
         next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
     w_tile = weight + (of_tile // BLOCK_N * N + w_n).to(tl.int64)[:, None] * K + k[None, :]
 
-    # On their way while the product is computed.
-    before = row
-    gain = row
-    if RESIDUAL and BLOCK_M * BLOCK_N <= SMALL_TILE:
-        before = residual_tile(residual, row, column * BLOCK_N, num_rows, N, BLOCK_N)
-        gain = next_gain(next_norm, column * BLOCK_N, N, BLOCK_N)
+    heads = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
+    beside = (row,)
+    if BLOCK_M * BLOCK_N <= SMALL_TILE:
+        # On its way while the product is computed.
+        beside = read_beside(
+            row, column * BLOCK_N, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
+        )
 
     EXACT: tl.constexpr = NARROW_ROWS and not WEIGHT_FLOAT
     acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.int32 if EXACT else tl.float32)
@@ -395,8 +428,8 @@ def linear(
                     if GATED:
                         up_total += tl.load(part + BLOCK_M * N, mask=there, other=0.0, cache_modifier=".cg")
             _read_and_finish(
-                total, up_total, before, gain, row, column * BLOCK_N, num_rows, squares, residual,
-                next_norm, bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
+                total, up_total, beside, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias,
+                heads, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, HEADS,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
             return
@@ -404,20 +437,20 @@ def linear(
     if not GATED and BLOCK_M * BLOCK_N >= HALVED_FROM:
         left, right = halves(acc)
         _read_and_finish(
-            left, left, before, gain, row, column * BLOCK_N, num_rows, squares, residual, next_norm,
-            bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M,
+            left, left, beside, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, heads,
+            out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M,
             BLOCK_N // 2,
         )  # fmt: skip
         _read_and_finish(
-            right, right, before, gain, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares,
-            residual, next_norm, bias, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
-            BLOCK_M, BLOCK_N // 2,
+            right, right, beside, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual,
+            next_norm, bias, heads, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
+            HEADS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
         up = acc
         if GATED:
             acc, up = halves(acc)
         _read_and_finish(
-            acc, up, before, gain, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias,
-            out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+            acc, up, beside, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, heads,
+            out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
         )  # fmt: skip

@@ -18,8 +18,7 @@ from quire_build.tensorrt.kernels.linear import (
     finish,
     halves,
     multiplied,
-    next_gain,
-    residual_tile,
+    read_beside,
     row_scale,
     scaled,
 )
@@ -31,7 +30,7 @@ LARGEST_EPILOGUE = tl.constexpr(128 * 128)
 """Elements of a result that a program has registers for; a larger tile is finished by halves."""
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "layer"])
 def linear_tma(
     x,
     weight,
@@ -42,8 +41,13 @@ def linear_tma(
     scales,
     narrow_x,
     x_scales,
+    cos_sin,
+    positions,
+    slot_mapping,
+    kv_cache,
     engine_state,
     num_rows,
+    layer,
     out,
     normed,
     out_squares,
@@ -57,6 +61,7 @@ def linear_tma(
     BIAS: tl.constexpr,
     WEIGHT_FLOAT: tl.constexpr,
     NARROW_ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
     COUNTED: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -86,6 +91,7 @@ def linear_tma(
         x = narrow_x.to(tl.pointer_type(narrow), bitcast=True)
     x_tiles = tl.make_tensor_descriptor(x, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
     w_tiles = tl.make_tensor_descriptor(weight, [PARTS, N, K], [N * K, K, 1], [PARTS, BLOCK_N, BLOCK_K])
+    heads = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
     row_tiles = tl.cdiv(used(engine_state, COUNTED, num_rows), BLOCK_M)
 
     known = -1
@@ -101,10 +107,12 @@ def linear_tma(
             if row_tile != known:
                 scale = row_scale(squares, row, num_rows, K, EPSILON)
                 known = row_tile
+        beside = (row,)
         if RESIDUAL and not BY_HALVES:
             # On its way while the product is computed.
-            before = residual_tile(residual, row, first_column, num_rows, N, BLOCK_N)
-            gain = next_gain(next_norm, first_column, N, BLOCK_N)
+            beside = read_beside(
+                row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
+            )
 
         acc = tl.zeros([BLOCK_M, WIDTH], tl.int32 if EXACT else tl.float32)
         for start in range(0, K, BLOCK_K):
@@ -119,30 +127,29 @@ def linear_tma(
         if BY_HALVES and not GATED:
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(acc)
-            before = left
-            gain = row
-            if RESIDUAL:
-                before = residual_tile(residual, row, first_column, num_rows, N, HALF)
-                gain = next_gain(next_norm, first_column, N, HALF)
+            beside = read_beside(
+                row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, HALF
+            )
             finish(
-                left, left, scale, before, gain, row, first_column, num_rows, bias, out, normed,
-                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, HALF,
+                left, left, scale, beside, row, first_column, num_rows, bias, heads, out, normed,
+                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, HALF,
             )  # fmt: skip
-            if RESIDUAL:
-                before = residual_tile(residual, row, first_column + HALF, num_rows, N, HALF)
-                gain = next_gain(next_norm, first_column + HALF, N, HALF)
+            beside = read_beside(
+                row, first_column + HALF, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, HALF
+            )
             finish(
-                right, right, scale, before, gain, row, first_column + HALF, num_rows, bias, out, normed,
-                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, HALF,
+                right, right, scale, beside, row, first_column + HALF, num_rows, bias, heads, out, normed,
+                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, HALF,
             )  # fmt: skip
         else:
             up = acc
             if GATED:
                 acc, up = halves(acc)
-            if not RESIDUAL:
-                before = acc
-                gain = row
+            if HEADS is not None:
+                beside = read_beside(
+                    row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
+                )
             finish(
-                acc, up, scale, before, gain, row, first_column, num_rows, bias, out, normed,
-                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, BLOCK_M, BLOCK_N,
+                acc, up, scale, beside, row, first_column, num_rows, bias, heads, out, normed, out_squares,
+                N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
             )  # fmt: skip

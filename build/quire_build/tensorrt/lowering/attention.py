@@ -1,4 +1,6 @@
-"""The projections, RoPE and PagedAttention become one linear layer, a write and an attention.
+"""The projections, RoPE and PagedAttention become one linear layer that writes to the pool, and an attention.
+
+Where heads are normed before RoPE, the linear layer does not write, and an operator between does all that.
 
 The pools of all layers become one: see docs/tensorrt.md for how it is laid out.
 """
@@ -9,6 +11,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from quire.errors import UnsupportedModelError
 from quire_build.tensorrt.lowering.graph import DOMAIN, Graph, attribute
+from quire_build.tensorrt.operators import in_pairs
 
 POOL = "kv_cache"
 COS_SIN = "cos_sin"
@@ -38,43 +41,67 @@ def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
     num_heads, num_kv_heads = attribute(node, "num_heads"), attribute(node, "num_kv_heads")
     pool = next(given for given in graph.model.graph.input if given.name == node.input[3])
     block_size = pool.type.tensor_type.shape.dim[2].dim_value
+    head_dim = graph.size(weights[0], 0) // num_heads
     shape = {
         "layer": int(node.input[3].rsplit(".", 1)[1]),
         "num_layers": num_layers,
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
-        "head_dim": graph.size(weights[0], 0) // num_heads,
+        "head_dim": head_dim,
         "block_size": block_size,
     }
     output = node.output[0]
-    graph.add("Concat", weights, [f"{output}.qkv_weight"], before=node, axis=0)
-    bias = graph.bias_of(projections, f"{output}.qkv_bias")
-    head_norms, epsilon = "", 0.0
-    if query_norm is not None and key_norm is not None:
-        head_norms, epsilon = f"{output}.head_norms", attribute(query_norm, "epsilon")
-        graph.add("Concat", [query_norm.input[1], key_norm.input[1]], [head_norms], axis=0)
+    weight, bias = f"{output}.qkv_weight", ""
+    graph.add("Concat", weights, [f"{weight}.checkpoint"], before=node, axis=0)
+    stacked_bias = graph.bias_of(projections, f"{output}.qkv_bias.checkpoint")
+    # Queries and keys in the order that RoPE is applied in, values as they are.
+    rotated = (num_heads + num_kv_heads) * head_dim
+    pairs = in_pairs(head_dim).tolist()
+    places = [head + dim for head in range(0, rotated, head_dim) for dim in pairs]
+    order = graph.integers("qkv_order", [*places, *range(rotated, rotated + num_kv_heads * head_dim)])
+    graph.add("Gather", [f"{weight}.checkpoint", order], [weight], before=node, axis=0)
+    if stacked_bias:
+        bias = f"{output}.qkv_bias"
+        graph.add("Gather", [stacked_bias, order], [bias], before=node, axis=0)
+    k, to_pool = graph.size(weights[0], 1), [COS_SIN, "positions", node.input[5], POOL]
+    written = shape | {"max_positions": graph.size("cosine", 0)}
+    if query_norm is None or key_norm is None:
+        graph.add(
+            "ProjectQkv",
+            [query.input[0], weight, "", bias, *to_pool],
+            [f"{output}.query"],
+            domain=DOMAIN,
+            before=node,
+            k=k,
+            biased=int(bool(bias)),
+            **written,
+        )
+    else:
+        norms = f"{output}.head_norms"
+        both = [norm.input[1] for norm in (query_norm, key_norm)]
+        order = graph.integers("head_norms_order", [start + dim for start in (0, head_dim) for dim in pairs])
+        graph.add("Concat", both, [f"{norms}.checkpoint"], axis=0)
+        graph.add("Gather", [f"{norms}.checkpoint", order], [norms], axis=0)
+        graph.add(
+            "Linear",
+            [query.input[0], weight, "", "", "", bias],
+            [f"{output}.qkv"],
+            domain=DOMAIN,
+            before=node,
+            n=len(places) + num_kv_heads * head_dim,
+            k=k,
+            biased=int(bool(bias)),
+        )
+        graph.add(
+            "KvWrite",
+            [f"{output}.qkv", norms, *to_pool],
+            [f"{output}.query"],
+            domain=DOMAIN,
+            before=node,
+            epsilon=attribute(query_norm, "epsilon"),
+            **written,
+        )
         graph.remove([query_norm, key_norm])
-    graph.add(
-        "Linear",
-        [query.input[0], f"{output}.qkv_weight", "", "", "", bias],
-        [f"{output}.qkv"],
-        domain=DOMAIN,
-        before=node,
-        n=sum(graph.size(weight, 0) for weight in weights),
-        k=graph.size(weights[0], 1),
-        biased=int(bool(bias)),
-    )
-    graph.add(
-        "KvWrite",
-        [f"{output}.qkv", COS_SIN, "positions", node.input[5], head_norms, POOL],
-        [f"{output}.query"],
-        domain=DOMAIN,
-        before=node,
-        max_positions=graph.size("cosine", 0),
-        head_normed=int(bool(head_norms)),
-        epsilon=epsilon,
-        **shape,
-    )
     graph.add(
         "PagedAttend",
         [f"{output}.query", *node.input[6:9], POOL],

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import NodeProto, helper
+from onnx import NodeProto, helper, numpy_helper
 
 from quire.errors import UnsupportedModelError
 
 DOMAIN = "quire"
+LINEAR_INPUTS: Mapping[str, int] = {"Linear": 6, "ProjectQkv": 8}
+"""Operators that are linear layers: how many inputs they have, of which rows, weight and sums of squares come
+first. Rows of eight bits and their scales may come behind."""
 
 
 class Graph:
@@ -79,6 +83,14 @@ class Graph:
             return biases[0]
         self.add("Concat", biases, [stack], axis=0)
         return stack
+
+    def integers(self, name: str, values: Sequence[int]) -> str:
+        """A constant of int64 under this name, if there is none yet."""
+        if name not in self.weights:
+            tensor = numpy_helper.from_array(np.array(values, dtype=np.int64), name)
+            self.model.graph.initializer.append(tensor)
+            self.weights[name] = tensor
+        return name
 
     def size(self, weight: str, axis: int) -> int:
         """A dimension of a weight, or of a Concat of weights along axis 0."""

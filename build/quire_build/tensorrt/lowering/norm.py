@@ -6,12 +6,11 @@ layers behind the norm read these and divide by the root mean square afterwards.
 
 from __future__ import annotations
 
-import numpy as np
-from onnx import NodeProto, TensorProto, numpy_helper
+from onnx import NodeProto, TensorProto
 
 from quire.errors import UnsupportedModelError
 from quire_build.tensorrt.kernels.linear import SQUARES_WIDTH
-from quire_build.tensorrt.lowering.graph import Graph, attribute
+from quire_build.tensorrt.lowering.graph import LINEAR_INPUTS, Graph, attribute
 
 
 def lower_norms(graph: Graph) -> None:
@@ -28,10 +27,10 @@ def lower_norms(graph: Graph) -> None:
             )
         normed, squares = _split(graph, norm.input[0], norm)
         for reader in graph.readers(norm.output[0]):
-            if reader.op_type != "Linear" or reader.input[0] != norm.output[0]:
+            if reader.op_type not in LINEAR_INPUTS or reader.input[0] != norm.output[0]:
                 raise UnsupportedModelError(f"a plan cannot run {reader.op_type} behind a norm yet")
             graph.add(
-                "Linear",
+                reader.op_type,
                 [normed, reader.input[1], squares, *reader.input[3:]],
                 list(reader.output),
                 domain=reader.domain,
@@ -67,19 +66,11 @@ def _split(graph: Graph, rows: str, norm: NodeProto) -> tuple[str, str]:
     else:
         size = graph.size(weight, 0)
         width = SQUARES_WIDTH.value
-        shape = _integers(graph, f"{rows}.squares_shape", [0, size // width, width])
-        axis = _integers(graph, f"{rows}.squares_axis", [2])
+        shape = graph.integers(f"{rows}.squares_shape", [0, size // width, width])
+        axis = graph.integers(f"{rows}.squares_axis", [2])
         graph.add("Mul", [rows, weight], [normed], before=norm)
         graph.add("Cast", [rows], [f"{rows}.wide"], before=norm, to=TensorProto.FLOAT)
         graph.add("Mul", [f"{rows}.wide", f"{rows}.wide"], [f"{rows}.square"], before=norm)
         graph.add("Reshape", [f"{rows}.square", shape], [f"{rows}.parts"], before=norm)
         graph.add("ReduceSum", [f"{rows}.parts", axis], [squares], before=norm, keepdims=0)
     return normed, squares
-
-
-def _integers(graph: Graph, name: str, values: list[int]) -> str:
-    """A constant of the graph."""
-    tensor = numpy_helper.from_array(np.array(values, dtype=np.int64), name)
-    graph.model.graph.initializer.append(tensor)
-    graph.weights[name] = tensor
-    return name

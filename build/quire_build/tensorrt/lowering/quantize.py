@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from quire_build.quantization import Quantization
-from quire_build.tensorrt.lowering.graph import DOMAIN, Graph, attribute
-
-NUM_INPUTS = 6
-"""Of a linear layer before this; the numbers and their scales come behind."""
+from quire_build.tensorrt.lowering.graph import DOMAIN, LINEAR_INPUTS, Graph, attribute
 
 
 def lower_quantization(graph: Graph, quantization: Quantization) -> None:
@@ -16,7 +13,7 @@ def lower_quantization(graph: Graph, quantization: Quantization) -> None:
     change what numbers a row becomes.
     """
     quantized: dict[str, list[str]] = {}
-    for linear in graph.of_type("Linear"):
+    for linear in [node for node in graph.nodes if node.op_type in LINEAR_INPUTS]:
         rows, k = linear.input[0], attribute(linear, "k")
         if rows not in quantized:
             quantized[rows] = [f"{rows}.numbers", f"{rows}.scales"]
@@ -31,5 +28,5 @@ def lower_quantization(graph: Graph, quantization: Quantization) -> None:
                 to_float=int(quantization.narrow == "fp8"),
                 of_logits=attribute(linear, "wide_output", 0),
             )
-        missing = [""] * (NUM_INPUTS - len(linear.input))
+        missing = [""] * (LINEAR_INPUTS[linear.op_type] - len(linear.input))
         linear.input.extend([*missing, *quantized[rows]])

@@ -14,11 +14,21 @@ from quire_build.tensorrt.operators.launch import (
 )
 from quire_build.tensorrt.operators.linear import Linear
 from quire_build.tensorrt.operators.paged_attend import PagedAttend
+from quire_build.tensorrt.operators.project_qkv import ProjectQkv
 from quire_build.tensorrt.operators.quantize import Quantize
 from quire_build.tensorrt.operators.sample import Sample
 from quire_build.tensorrt.operators.step_begin import StepBegin
+from quire_build.tensorrt.operators.writes_kv import in_pairs
 
-OPERATORS: tuple[type[Operator], ...] = (StepBegin, KvWrite, PagedAttend, Quantize, Linear, Sample)
+OPERATORS: tuple[type[Operator], ...] = (
+    StepBegin,
+    ProjectQkv,
+    KvWrite,
+    PagedAttend,
+    Quantize,
+    Linear,
+    Sample,
+)
 
 __all__ = [
     "MODEL",
@@ -30,9 +40,11 @@ __all__ = [
     "Operator",
     "PagedAttend",
     "PlainArithmetic",
+    "ProjectQkv",
     "Quantize",
     "Sample",
     "Shape",
     "StepBegin",
+    "in_pairs",
     "power_of_two",
 ]

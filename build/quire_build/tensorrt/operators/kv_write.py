@@ -1,4 +1,4 @@
-"""Rotating a step's queries and keys, and writing keys and values into the pool."""
+"""Norming and rotating a step's queries and keys, and writing keys and values into the pool."""
 
 from __future__ import annotations
 
@@ -6,41 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from quire.execution.engine_state import POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.kv_write import kv_write
-from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, pool_type, power_of_two
+from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, in_order, power_of_two
+from quire_build.tensorrt.operators.writes_kv import WritesKv
+
+TOKENS_PER_PROGRAM = 8
+"""Tokens of which a program takes one head."""
 
 
 @dataclass(frozen=True)
-class KvWrite:
-    """Rotate a step's queries and keys, put keys and values into the pool, pass the queries on.
+class KvWrite(WritesKv):
+    """Norm and rotate a step's queries and keys, put keys and values into the pool, pass the queries on.
 
-    Inputs: qkv [T, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin float32 [max_positions, head_dim];
-    positions, slot_mapping int32 [T]; head_norms [2, head_dim], weights of RMSNorms over each query head and
-    each key head, read when ``head_normed``; kv_cache, the pool's first part; engine_state.
-    Output: [T, num_heads, head_dim].
+    Inputs: qkv [T, (num_heads + 2 * num_kv_heads) * head_dim]; head_norms [2, head_dim], weights of RMSNorms
+    over each query head and each key head; cos_sin float32 [max_positions, head_dim]; positions, slot_mapping
+    int32 [T]; kv_cache, the pool's first part; engine_state. The dimensions of queries, keys and norms are in
+    the order of `in_pairs`.
+    Output: [T, num_heads, head_dim], in the same order.
     """
 
-    layer: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    max_blocks: int
-    num_pools: int
-    blocks_per_pool: int
-    kv_element_bytes: int
-    max_positions: int
-    head_normed: int
     epsilon: float
 
     INPUTS: ClassVar[tuple[str, ...]] = (
         "qkv",
+        "head_norms",
         "cos_sin",
         "positions",
         "slot_mapping",
-        "head_norms",
         "kv_cache",
         "engine_state",
     )
@@ -56,38 +48,21 @@ class KvWrite:
         return (((shapes[0][0], self.num_heads, self.head_dim), MODEL),)
 
     def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
-        """A program for each token and up to 16 of its heads."""
-        heads = self.num_heads + 2 * self.num_kv_heads
-        heads_per_program = min(16, power_of_two(heads))
+        """A program for one head of a few tokens."""
+        rows = shapes[0][0]
         return Launch(
             kernel=kv_write,
-            types={
-                "qkv": f"*{MODEL}",
-                "cos_sin": "*fp32",
-                "positions": "*i32",
-                "slot_mapping": "*i32",
-                "head_norms": f"*{MODEL}",
-                "kv_cache": f"*{pool_type(self.kv_element_bytes)}",
-                "engine_state": "*i64",
-                "layer": "i32",
-                "query": f"*{MODEL}",
-            },
+            types=in_order(
+                kv_write,
+                self.kv_types
+                | {"qkv": f"*{MODEL}", "head_norms": f"*{MODEL}", "num_rows": "i32", "query": f"*{MODEL}"},
+            ),
             constants={
-                "HEAD_DIM": self.head_dim,
-                "HALF_PADDED": power_of_two(self.head_dim // 2),
-                "NUM_HEADS": self.num_heads,
-                "NUM_KV_HEADS": self.num_kv_heads,
-                "BLOCK_SIZE": self.block_size,
-                "BLOCK_ELEMENTS": self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim,
-                "MAX_BLOCKS": self.max_blocks,
-                "NUM_POOLS": self.num_pools,
-                "BLOCKS_PER_POOL": self.blocks_per_pool,
-                "POOL_OFFSETS_BYTE": POOL_OFFSETS_BYTE,
-                "MAX_POSITIONS": self.max_positions,
-                "HEADS_PER_PROGRAM": heads_per_program,
-                "HEAD_NORM": bool(self.head_normed),
+                "HEADS": self.heads,
                 "EPSILON": self.epsilon,
+                "BLOCK_M": TOKENS_PER_PROGRAM,
+                "BLOCK_N": power_of_two(self.head_dim),
             },
-            grid=(shapes[0][0], -(-heads // heads_per_program)),
-            integers=(self.layer,),
+            grid=(arithmetic.ceil_div(rows, TOKENS_PER_PROGRAM), self.width // self.head_dim),
+            integers=(rows, self.layer),
         )

@@ -55,7 +55,7 @@ class Launch:
     Attributes:
         kernel: a ``triton.jit`` function; its parameters are the operator's inputs, integers and outputs.
         types: of those parameters, in the Triton language's words, MODEL where the model's type belongs.
-        constants: its ``constexpr`` parameters.
+        constants: its ``constexpr`` parameters, and None for each other parameter that it does without.
         grid: programs along each axis.
         integers: its integer parameters.
         max_registers: of a thread; the compiler's own choice where None.
@@ -75,9 +75,9 @@ class Launch:
     max_shared_bytes: int = DEFAULT_SHARED_BYTES
     language_scratch_bytes: int = 0
 
-    def arguments(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
-        """The kernel's own arguments."""
-        return [*inputs, *self.integers, *outputs][: len(self.types)]
+    def arguments(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
+        """The kernel's own arguments by name."""
+        return dict(zip(self.types, [*inputs, *self.integers, *outputs], strict=False))
 
 
 class Operator(Protocol):
@@ -100,6 +100,11 @@ class Operator(Protocol):
 def pool_type(kv_element_bytes: int) -> str:
     """Type of the pool's elements; with one byte they are e4m3."""
     return "fp8e4nv" if kv_element_bytes == 1 else MODEL
+
+
+def in_order(kernel: Any, types: Mapping[str, str]) -> dict[str, str]:
+    """Types of a kernel's parameters, in the order of its signature."""
+    return {name: types[name] for name in kernel.arg_names if name in types}
 
 
 def power_of_two(n: int) -> int:

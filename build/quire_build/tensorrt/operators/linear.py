@@ -144,6 +144,7 @@ class Linear:
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
+            **dict.fromkeys(("cos_sin", "positions", "slot_mapping", "kv_cache", "layer", "HEADS")),
         }
         if tile.tma:
             del types["num_splits"]
