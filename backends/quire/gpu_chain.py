@@ -17,9 +17,10 @@ from typing import Any
 
 from quire.errors import StartupError
 from quire.execution.manifest import Manifest, PlanDetails
+from quire.execution.tensorrt.launches import load_cupti
 from quire.execution.tensorrt.library import DRIVER_LIBRARY
 from quire.execution.tensorrt.library import MAJOR_VERSION as TENSORRT_MAJOR
-from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, load_cupti
+from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 
 Version = tuple[int, int]
 

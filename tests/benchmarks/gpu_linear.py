@@ -168,12 +168,11 @@ def compile_variant(variant: Variant) -> int:
     """Compile into the language's cache on disk; bytes of shared memory, or -1 if that is not possible."""
     launch = variant.launch(64)
     types = {MODEL: torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "i64": torch.int64}
-    arguments = {n: types[kind[1:]] if kind.startswith("*") else 1 for n, kind in launch.types.items()}
+    given = {n: types[kind[1:]] if kind.startswith("*") else 1 for n, kind in launch.types.items()}
     try:
         built = launch.kernel.warmup(
-            **arguments,
+            *((given | dict(launch.constants))[name] for name in launch.kernel.arg_names),
             grid=(1,),
-            **launch.constants,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )

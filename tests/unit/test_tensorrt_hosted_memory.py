@@ -85,7 +85,7 @@ def test_every_profile_has_a_context_with_memory_for_the_largest_step() -> None:
 
 
 def test_the_pool_gets_what_weights_and_reserve_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "this_gpu", lambda: Gpu("an H100", 90, 80 << 30, 227 << 10, 132))
+    monkeypatch.setattr(builder, "this_gpu", lambda: Gpu("an H100", 90, 80 << 30, 227 << 10, 132, 50 << 20))
     options = EngineOptions(
         precision="bf16",
         kv_cache_dtype="bf16",

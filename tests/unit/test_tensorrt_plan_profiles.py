@@ -127,7 +127,7 @@ def test_e4m3_is_refused_where_a_gpu_has_none(
         raise AssertionError("it got as far as building")
 
     monkeypatch.setattr(plan, "tensorrt_module", lambda: None)
-    monkeypatch.setattr(plan, "this_gpu", lambda: Gpu("an A100", 80, 80 << 30, 163 << 10, 108))
+    monkeypatch.setattr(plan, "this_gpu", lambda: Gpu("an A100", 80, 80 << 30, 163 << 10, 108, 40 << 20))
     monkeypatch.setattr(plan, "lower", untouched)
     wanted = dataclasses.replace(options(0), **changes)
     with pytest.raises(BuildError, match=named):

@@ -23,6 +23,7 @@ class Gpu:
     shared_bytes: int
     """Shared memory of one program, at most."""
     multiprocessors: int
+    l2_bytes: int
 
 
 def this_gpu() -> Gpu:
@@ -42,6 +43,7 @@ def this_gpu() -> Gpu:
         properties.total_memory,
         properties.shared_memory_per_block_optin,
         properties.multi_processor_count,
+        properties.L2_cache_size,
     )
 
 

@@ -7,6 +7,7 @@ What a step may look like, in optimization profiles, and how large the pool may 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,11 @@ from torch import Tensor
 from quire.errors import BuildError
 from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES, STEP_ELEMENTS, engine_state_elements
 from quire.execution.manifest import EngineLimits, PlanDetails
-from quire.execution.tensorrt.library import TensorRTLog, tensorrt_module
+from quire.execution.tensorrt.library import DRIVER_LIBRARY, TensorRTLog, tensorrt_module
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, allow_shared_memory
 from quire_build.engine_builder import Progress
 from quire_build.quantization import Quantization
+from quire_build.tensorrt.cold_cache import ColdCache
 from quire_build.tensorrt.lowering import lower
 from quire_build.tensorrt.machine import this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
@@ -176,7 +178,8 @@ def build_plan(
             profile.set_shape(name, smallest, usual, largest)
         config.add_optimization_profile(profile)
     progress(f"building with TensorRT {trt.__version__} for {len(ranges)} ranges of tokens")
-    with allow_shared_memory(shared_bytes):
+    cold_cache = ColdCache(ctypes.CDLL(DRIVER_LIBRARY), gpu.l2_bytes)
+    with allow_shared_memory(shared_bytes, cold_cache):
         data = builder.build_serialized_network(network, config)
     if data is None:
         raise BuildError(f"TensorRT cannot build the plan: {logger.last_error}")

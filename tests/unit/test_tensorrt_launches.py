@@ -1,4 +1,4 @@
-"""More shared memory for a plan's kernels: what CUPTI is asked for, and what happens before a launch."""
+"""What CUPTI is asked for, and what happens before a launch: limits raised, the cache made cold."""
 
 from __future__ import annotations
 
@@ -10,30 +10,36 @@ from typing import Any
 import pytest
 
 from quire.errors import StartupError
-from quire.execution.tensorrt.library import DRIVER_LIBRARY
-from quire.execution.tensorrt.shared_memory import (
+from quire.execution.tensorrt.launches import (
     CU_LAUNCH_KERNEL,
     CU_LAUNCH_KERNEL_EX,
     CUPTI_LIBRARIES,
-    DEFAULT_SHARED_BYTES,
     DRIVER_API,
     ENTER,
-    MAX_DYNAMIC_SHARED_SIZE,
     MULTIPLE_SUBSCRIBERS,
     CallbackData,
-    Extent,
+    Configuration,
+    KernelLaunch,
     LaunchExParameters,
     LaunchParameters,
+    load_cupti,
+    watch_launches,
+)
+from quire.execution.tensorrt.library import DRIVER_LIBRARY
+from quire.execution.tensorrt.shared_memory import (
+    DEFAULT_SHARED_BYTES,
+    MAX_DYNAMIC_SHARED_SIZE,
     LimitRaiser,
     allow_shared_memory,
-    load_cupti,
 )
+from quire_build.tensorrt.cold_cache import ColdCache
 
 EXIT = 1
 FUNCTION = 0x7F0012345678
 """A handle that needs all 64 bits."""
 GPU = 3
 MORE = 227 * 1024
+STREAM = 0x7F00DEADBEE8
 
 
 @dataclass
@@ -54,6 +60,10 @@ class Driver:
 
     def cuKernelSetAttribute(self, attribute: int, value: Any, kernel: Any, gpu: Any) -> int:  # noqa: N802
         self.calls.append(("kernel", kernel.value, attribute, value.value, gpu.value))
+        return 0
+
+    def cuMemsetD32Async(self, memory: Any, value: Any, words: Any, stream: Any) -> int:  # noqa: N802
+        self.calls.append(("memset", memory.value, value.value, words.value, stream.value))
         return 0
 
 
@@ -104,14 +114,16 @@ class Libraries:
         return self.driver if name == DRIVER_LIBRARY else self.cupti
 
 
-def launch(callback: Any, number: int, shared_bytes: int, *, site: int = ENTER) -> None:
+def launch(
+    callback: Any, number: int, shared_bytes: int, *, site: int = ENTER, stream: int | None = STREAM
+) -> None:
     """Tell of a launch of FUNCTION, as CUPTI would."""
-    extent = Extent((132, 1, 8), (256, 1, 1), shared_bytes)
+    configuration = Configuration((132, 1, 8), (256, 1, 1), shared_bytes, stream)
     parameters: ctypes.Structure
     if number in CU_LAUNCH_KERNEL:
-        parameters = LaunchParameters(FUNCTION, extent)
+        parameters = LaunchParameters(FUNCTION, configuration)
     else:
-        parameters = LaunchExParameters(ctypes.pointer(extent), FUNCTION)
+        parameters = LaunchExParameters(ctypes.pointer(configuration), FUNCTION)
     data = CallbackData(site, b"cuLaunch", ctypes.addressof(parameters))
     callback(None, DRIVER_API, number, ctypes.pointer(data))
 
@@ -123,38 +135,43 @@ def test_the_structures_lie_as_cuda_and_cupti_declare_them() -> None:
     """CUpti_CallbackData, cuLaunchKernel_params, CUlaunchConfig and cuLaunchKernelEx_params."""
     assert (CallbackData.site.offset, CallbackData.function_name.offset) == (0, 8)
     assert CallbackData.parameters.offset == 16
-    assert (Extent.grid.offset, Extent.block.offset, Extent.shared_bytes.offset) == (0, 12, 24)
-    assert (LaunchParameters.function.offset, LaunchParameters.extent.offset) == (0, 8)
-    assert (LaunchExParameters.extent.offset, LaunchExParameters.function.offset) == (0, 8)
+    assert (Configuration.grid.offset, Configuration.block.offset) == (0, 12)
+    assert (Configuration.shared_bytes.offset, Configuration.stream.offset) == (24, 32)
+    # cuLaunchKernel's parameters are its arguments one after another, so the stream comes at 40.
+    assert (LaunchParameters.function.offset, LaunchParameters.configuration.offset) == (0, 8)
+    assert (LaunchExParameters.configuration.offset, LaunchExParameters.function.offset) == (0, 8)
 
 
 @pytest.mark.parametrize("number", EVERY_LAUNCH)
+@pytest.mark.parametrize("stream", [None, STREAM])
+def test_every_watcher_sees_a_launch_once_before_it_happens(number: int, stream: int | None) -> None:
+    libraries = Libraries()
+    first: list[KernelLaunch] = []
+    second: list[KernelLaunch] = []
+    with watch_launches(first.append, second.append, load=libraries):
+        launch(libraries.cupti.callback, number, MORE, stream=stream)
+        assert first == second == [KernelLaunch(FUNCTION, MORE, stream)]
+        launch(libraries.cupti.callback, number, MORE, site=EXIT)
+    assert len(first) == len(second) == 1
+
+
 @pytest.mark.parametrize("shared_bytes", [DEFAULT_SHARED_BYTES + 1, MORE])
-def test_a_function_gets_the_limit_that_its_launch_wants(number: int, shared_bytes: int) -> None:
+def test_a_function_gets_the_limit_that_its_launch_wants(shared_bytes: int) -> None:
     driver = Driver()
-    launch(LimitRaiser(driver).callback, number, shared_bytes)
+    LimitRaiser(driver)(KernelLaunch(FUNCTION, shared_bytes, STREAM))
     assert driver.calls == [("function", FUNCTION, MAX_DYNAMIC_SHARED_SIZE, shared_bytes)]
 
 
-@pytest.mark.parametrize("number", EVERY_LAUNCH)
 @pytest.mark.parametrize("shared_bytes", [0, 1024, DEFAULT_SHARED_BYTES])
-def test_a_function_that_wants_no_more_than_all_have_is_left_alone(number: int, shared_bytes: int) -> None:
+def test_a_function_that_wants_no_more_than_all_have_is_left_alone(shared_bytes: int) -> None:
     driver = Driver()
-    launch(LimitRaiser(driver).callback, number, shared_bytes)
+    LimitRaiser(driver)(KernelLaunch(FUNCTION, shared_bytes, STREAM))
     assert not driver.calls
 
 
-@pytest.mark.parametrize("number", EVERY_LAUNCH)
-def test_nothing_is_done_once_a_launch_has_happened(number: int) -> None:
-    driver = Driver()
-    launch(LimitRaiser(driver).callback, number, MORE, site=EXIT)
-    assert not driver.calls
-
-
-@pytest.mark.parametrize("number", EVERY_LAUNCH)
-def test_a_kernel_of_a_library_gets_its_limit_on_the_gpu_of_the_context(number: int) -> None:
+def test_a_kernel_of_a_library_gets_its_limit_on_the_gpu_of_the_context() -> None:
     driver = Driver(knows_functions=False)
-    launch(LimitRaiser(driver).callback, number, MORE)
+    LimitRaiser(driver)(KernelLaunch(FUNCTION, MORE, STREAM))
     assert driver.calls == [
         ("function", FUNCTION, MAX_DYNAMIC_SHARED_SIZE, MORE),
         ("kernel", FUNCTION, MAX_DYNAMIC_SHARED_SIZE, MORE, GPU),
@@ -165,14 +182,30 @@ def test_a_limit_is_raised_again_as_a_new_function_may_have_the_place_of_an_old_
     driver = Driver()
     raiser = LimitRaiser(driver)
     for _ in range(2):
-        launch(raiser.callback, CU_LAUNCH_KERNEL[0], MORE)
+        raiser(KernelLaunch(FUNCTION, MORE, STREAM))
     assert len(driver.calls) == 2
+
+
+@pytest.mark.parametrize("stream", [None, STREAM])
+def test_twice_the_cache_is_written_on_the_stream_of_a_launch(stream: int | None) -> None:
+    driver = Driver()
+    ColdCache(driver, 1 << 20, device="cpu")(KernelLaunch(FUNCTION, 0, stream))
+    ((name, memory, value, words, on),) = driver.calls
+    assert (name, value, 4 * words, on) == ("memset", 0, 2 << 20, stream)
+    assert memory
+
+
+def test_the_cache_is_made_cold_where_every_program_has_enough_shared_memory_too() -> None:
+    libraries = Libraries()
+    with allow_shared_memory(DEFAULT_SHARED_BYTES, ColdCache(libraries.driver, 64, "cpu"), load=libraries):
+        launch(libraries.cupti.callback, CU_LAUNCH_KERNEL[0], 0)
+    assert [call[0] for call in libraries.driver.calls] == ["memset"]
 
 
 @pytest.mark.parametrize("most_bytes", [1, DEFAULT_SHARED_BYTES])
 def test_nothing_is_loaded_where_every_program_has_enough(most_bytes: int) -> None:
     libraries = Libraries()
-    with allow_shared_memory(most_bytes, libraries):
+    with allow_shared_memory(most_bytes, load=libraries):
         pass
     assert not libraries.opened
 
@@ -182,7 +215,7 @@ SUBSCRIBED = [("subscribe",), *(("enable", 1, DRIVER_API, number) for number in 
 
 def test_launches_are_watched_meanwhile_and_not_later() -> None:
     libraries = Libraries()
-    with allow_shared_memory(MORE, libraries):
+    with allow_shared_memory(MORE, load=libraries):
         assert libraries.cupti.calls == SUBSCRIBED
         launch(libraries.cupti.callback, CU_LAUNCH_KERNEL_EX[0], MORE)
     assert libraries.driver.calls == [("function", FUNCTION, MAX_DYNAMIC_SHARED_SIZE, MORE)]
@@ -191,7 +224,7 @@ def test_launches_are_watched_meanwhile_and_not_later() -> None:
 
 def test_launches_are_watched_no_longer_once_something_failed() -> None:
     libraries = Libraries()
-    with pytest.raises(ZeroDivisionError), allow_shared_memory(MORE, libraries):
+    with pytest.raises(ZeroDivisionError), allow_shared_memory(MORE, load=libraries):
         raise ZeroDivisionError
     assert libraries.cupti.calls == [*SUBSCRIBED, ("unsubscribe",)]
 
@@ -208,7 +241,7 @@ def test_a_subscription_that_cupti_refuses_is_an_error_with_its_reason(status: i
     libraries = Libraries(Cupti(failures={"cuptiSubscribe": status}))
     with (
         pytest.raises(StartupError, match=f"CUPTI cannot be used: cuptiSubscribe failed with {reason}"),
-        allow_shared_memory(MORE, libraries),
+        allow_shared_memory(MORE, load=libraries),
     ):
         pytest.fail("it is not allowed")
     assert libraries.cupti.calls == [("subscribe",)]
@@ -218,7 +251,7 @@ def test_a_callback_that_cupti_refuses_ends_the_subscription() -> None:
     libraries = Libraries(Cupti(failures={"cuptiEnableCallback": 7}))
     with (
         pytest.raises(StartupError, match=r"cuptiEnableCallback failed with CUPTI_ERROR_7$"),
-        allow_shared_memory(MORE, libraries),
+        allow_shared_memory(MORE, load=libraries),
     ):
         pytest.fail("it is not allowed")
     assert libraries.cupti.calls == [*SUBSCRIBED[:2], ("unsubscribe",)]
@@ -226,11 +259,13 @@ def test_a_callback_that_cupti_refuses_ends_the_subscription() -> None:
 
 def test_without_cupti_the_error_says_what_to_install() -> None:
     def load(name: str) -> Any:
+        if name == DRIVER_LIBRARY:
+            return Driver()
         raise OSError(f"{name}: cannot open shared object file")
 
     with (
         pytest.raises(StartupError, match=r"needs CUPTI .*cannot open.* `pip install nvidia-cuda-cupti`"),
-        allow_shared_memory(MORE, load),
+        allow_shared_memory(MORE, load=load),
     ):
         pytest.fail("it is not allowed")
 
