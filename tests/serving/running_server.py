@@ -26,12 +26,12 @@ ENDLESS = SamplingOptions(max_tokens=1900, temperature=100.0, seed=5)
 """Nearly uniform sampling that doesn't meet the end of the text: a request that takes seconds."""
 SMALL_POOL = "--kv-cache-bytes=64MiB"
 SHM_PREFIX = "triton_python_backend_shm_region_"
+HEARING_SIGNALS = ("env", "--default-signal=INT,HUP")
+"""Before a command: undo that whoever started the tests has these ignored, as nohup and a shell's `&` do.
 
-
-def hear_signals() -> None:
-    """Undo, in a new process, that whoever started the tests has these ignored: nohup, or a shell's `&`."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+Python's `preexec_fn` would do it in a copy of this process, where gRPC starts its threads again; they write
+errors to the command's stderr.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +79,13 @@ class RunningServer:
     @classmethod
     def start(cls, command: Sequence[str | Path], ports: Ports) -> RunningServer:
         process = subprocess.Popen(
-            command,
+            [*HEARING_SIGNALS, *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=hear_signals,
         )
         server = cls(process, ports)
         threading.Thread(target=server._read, daemon=True).start()

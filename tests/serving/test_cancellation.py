@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.serving.running_server import ENDLESS, PROMPT, QUIRE, RunningServer, hear_signals, serving
+from tests.serving.running_server import ENDLESS, HEARING_SIGNALS, PROMPT, QUIRE, RunningServer, serving
 from tests.serving.watch import Watch
 
 from quire_client import AsyncClient, Client, RequestCancelledError, RequestTimeoutError
@@ -110,11 +110,9 @@ def test_an_http_client_that_hangs_up_frees_its_blocks(watch: Watch, server: Run
 
 
 def test_ctrl_c_in_quire_generate_cancels_without_a_traceback(watch: Watch, server: RunningServer) -> None:
-    command = [str(QUIRE), "generate", PROMPT, "--url", server.ports.grpc_url]
+    command = [*HEARING_SIGNALS, str(QUIRE), "generate", PROMPT, "--url", server.ports.grpc_url]
     command += ["--max-tokens", "1900", "--temperature", "100", "--seed", "5"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_signals
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
