@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from tests.serving.running_server import (
     leaves_nothing,
     long_stream,
 )
-from tests.serving.watch import Watch
+from tests.serving.watch import Watch, kill_while_it_waits
 from tritonclient.grpc import InferenceServerClient
 
 from quire_client import Client, UnavailableError
@@ -105,7 +104,7 @@ def test_a_frontend_that_was_killed_ends_the_server_and_with_it_the_streams_that
         watch = Watch(server)
         streams = [client.stream(PROMPT, **ENDLESS, timeout_s=120) for _ in range(16)]
         watch.wait_for_requests(len(streams))
-        os.kill(watch.frontends()[0], signal.SIGKILL)
+        kill_while_it_waits(watch.frontends()[0])
         watch.close()
         for stream in streams:
             with pytest.raises(UnavailableError):

@@ -6,9 +6,10 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
-from tests.serving.running_server import RunningServer
+from tests.serving.running_server import RunningServer, eventually
 
 from quire.launcher.scheduler_control import ask_scheduler
 from quire.serving.rendezvous import Rendezvous
@@ -46,13 +47,13 @@ class Watch:
 
     def kill_engine(self) -> None:
         """Kill the process of a hosted engine."""
-        os.kill(self._rendezvous.engine().pid, signal.SIGKILL)
+        kill_while_it_waits(self._rendezvous.engine().pid)
 
     def kill_scheduler(self) -> None:
         """Kill the scheduler's process."""
         scheduler = self._rendezvous.scheduler()
         assert scheduler is not None
-        os.kill(scheduler.pid, signal.SIGKILL)
+        kill_while_it_waits(scheduler.pid)
 
     def frontends(self) -> list[int]:
         """The processes of the server that are neither scheduler nor hosted engine."""
@@ -65,3 +66,27 @@ class Watch:
     @staticmethod
     def _unfinished(statistics: dict[str, Any]) -> int:
         return int(statistics["running_requests"] + statistics["waiting_requests"])
+
+
+def kill_while_it_waits(pid: int) -> None:
+    """Kill a component at a moment when all of its threads wait for something.
+
+    One that computes may hold a lock in the memory that it shares with Triton, which aborts when it meets the
+    lock of a dead process.
+    """
+    tasks = Path(f"/proc/{pid}/task")
+
+    def stopped() -> bool:
+        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()]
+        return set(states) == {"T"}
+
+    def waits() -> bool:
+        os.kill(pid, signal.SIGSTOP)
+        assert eventually(stopped)
+        if all((task / "syscall").read_text().split()[0] != "-1" for task in tasks.iterdir()):
+            return True
+        os.kill(pid, signal.SIGCONT)
+        return False
+
+    assert eventually(waits)
+    os.kill(pid, signal.SIGKILL)
