@@ -1,4 +1,4 @@
-"""A real server for tests: `quire serve` as a child process on free ports of the loopback interface."""
+"""A real server for tests: `quire serve` as a child process on ports of the loopback interface."""
 
 from __future__ import annotations
 
@@ -36,19 +36,26 @@ errors to the command's stderr.
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Three ports that nobody listens on."""
+    """Three ports of the loopback interface for one server."""
 
     grpc: int
     http: int
     metrics: int
 
     @classmethod
-    def free(cls) -> Ports:
+    @contextlib.contextmanager
+    def reserved(cls) -> Iterator[Ports]:
+        """Ports that a server may listen on, and that nobody else is given before the block has ended.
+
+        They stay bound here. That keeps them from other tests, which run at the same time and ask for any
+        port, and not from servers, which like these sockets set SO_REUSEADDR.
+        """
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for unbound in sockets:
-                unbound.bind(("127.0.0.1", 0))
-            return cls(*(bound.getsockname()[1] for bound in sockets))
+            for reserving in sockets:
+                reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                reserving.bind(("127.0.0.1", 0))
+            yield cls(*(bound.getsockname()[1] for bound in sockets))
 
     @property
     def flags(self) -> list[str]:
@@ -153,25 +160,25 @@ def serving(repository: Path, *flags: str) -> Iterator[RunningServer]:
 @contextlib.contextmanager
 def started(repository: Path, *flags: str) -> Iterator[RunningServer]:
     """The same without waiting for it to be ready."""
-    ports = Ports.free()
-    server = RunningServer.start([QUIRE, "serve", repository, *ports.flags, *flags], ports)
-    try:
-        yield server
-    finally:
-        end(server)
+    with Ports.reserved() as ports:
+        server = RunningServer.start([QUIRE, "serve", repository, *ports.flags, *flags], ports)
+        try:
+            yield server
+        finally:
+            end(server)
 
 
 @contextlib.contextmanager
 def bare_server(repository: Path, *flags: str, triton_flags: str = "") -> Iterator[RunningServer]:
     """A tritonserver started without the launcher, ready when the block begins and gone when it has ended."""
-    ports = Ports.free()
-    line = printed_command(repository, *ports.flags, *flags).strip()
-    server = RunningServer.start(["sh", "-c", f"exec {line} {triton_flags}"], ports)
-    try:
-        server.wait_for_line("Started HTTPService")
-        yield server
-    finally:
-        end(server)
+    with Ports.reserved() as ports:
+        line = printed_command(repository, *ports.flags, *flags).strip()
+        server = RunningServer.start(["sh", "-c", f"exec {line} {triton_flags}"], ports)
+        try:
+            server.wait_for_line("Started HTTPService")
+            yield server
+        finally:
+            end(server)
 
 
 def printed_command(repository: Path, *flags: str) -> str:

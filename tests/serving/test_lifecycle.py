@@ -130,17 +130,18 @@ def test_it_stops_cleanly_as_process_1_of_a_container(repository: Path) -> None:
         or subprocess.run([*namespace, "true"], capture_output=True).returncode
     ):
         pytest.skip("this user may not make a process namespace")
-    ports = Ports.free()
-    server = RunningServer.start([*namespace, QUIRE, "serve", repository, SMALL_POOL, *ports.flags], ports)
-    try:
-        server.wait_for_line("ready: gRPC")
-        tree, shared_memory = server.tree(), server.shared_memory()
-        os.kill(tree[1], signal.SIGTERM)
-        assert server.wait() == 0
-        assert not any(is_running(pid) for pid in tree)
-        assert not any(file.exists() for file in shared_memory)
-    finally:
-        end(server)
+    with Ports.reserved() as ports:
+        command: list[str | Path] = [*namespace, QUIRE, "serve", repository, SMALL_POOL, *ports.flags]
+        server = RunningServer.start(command, ports)
+        try:
+            server.wait_for_line("ready: gRPC")
+            tree, shared_memory = server.tree(), server.shared_memory()
+            os.kill(tree[1], signal.SIGTERM)
+            assert server.wait() == 0
+            assert not any(is_running(pid) for pid in tree)
+            assert not any(file.exists() for file in shared_memory)
+        finally:
+            end(server)
 
 
 def test_a_second_server_on_the_same_ports_is_refused(server: RunningServer, repository: Path) -> None:
@@ -195,14 +196,14 @@ def test_a_limit_above_the_engines_is_refused_at_start(repository: Path, flag: s
 
 
 def test_a_bare_server_refuses_a_limit_above_the_engines_too(repository: Path) -> None:
-    line = printed_command(repository, *Ports.free().flags)
-    refusal = subprocess.run(
-        ["sh", "-c", line],
-        env={**os.environ, "QUIRE_MAX_NUM_SEQS": "1000000"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with Ports.reserved() as ports:
+        refusal = subprocess.run(
+            ["sh", "-c", printed_command(repository, *ports.flags)],
+            env={**os.environ, "QUIRE_MAX_NUM_SEQS": "1000000"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert refusal.returncode == 1
     assert "max_num_seqs is 1000000, but the engine was built for at most" in refusal.stderr
 
@@ -256,7 +257,8 @@ def test_a_component_whose_process_is_killed_as_it_starts_is_not_waited_for(dama
 
 
 def test_a_component_whose_process_dies_as_it_starts_is_not_waited_for(damaged: Path) -> None:
-    words = shlex.split(printed_command(damaged, *Ports.free().flags))
+    with Ports.reserved() as ports:
+        words = shlex.split(printed_command(damaged, *ports.flags))
     backends = next(word for word in words if word.startswith("--backend-directory=")).partition("=")[2]
     # Triton prefers a model's own stub. Asked without arguments, one that is sound exits with 1.
     stub = damaged / "engine" / "triton_python_backend_stub"
