@@ -45,7 +45,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo '== running every test'
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: $(INSTALLED)
 	@echo '== style'
