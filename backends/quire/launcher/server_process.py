@@ -32,6 +32,8 @@ from quire.serving.rendezvous import Rendezvous
 
 READY_POLL_S = 0.1
 CHILDREN_POLL_S = 1.0
+SIGNAL_POLL_S = 1.0
+"""How long a wait lasts at a time: a signal that another thread gets, or that comes just before, ends none."""
 FIRST_PROGRESS_S = 10.0
 """When the operator is told what loading waits for; then again each time that this long has doubled."""
 CRASH_GRACE_S = 5.0
@@ -244,7 +246,7 @@ class ServerProcess:
     def _wait_for(self, awaited: _Event, deadline: float) -> None:
         """Wait for an event, the server's exit, a crash that it hangs after or the deadline."""
         while (remaining_s := deadline - time.monotonic()) > 0:
-            match self._next_event(remaining_s):
+            match self._next_event(min(remaining_s, SIGNAL_POLL_S)):
                 case _Event.STOP:
                     raise _StopAtOnceError
                 case (_Event.EXITED | _Event.CRASHED) as over:
