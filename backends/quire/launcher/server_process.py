@@ -33,7 +33,7 @@ from quire.serving.rendezvous import Rendezvous
 READY_POLL_S = 0.1
 CHILDREN_POLL_S = 1.0
 SIGNAL_POLL_S = 1.0
-"""How long a wait lasts at a time: a signal that another thread gets, or that comes just before, ends none."""
+"""How long a wait lasts at a time: it does not end with a signal that another thread gets."""
 FIRST_PROGRESS_S = 10.0
 """When the operator is told what loading waits for; then again each time that this long has doubled."""
 CRASH_GRACE_S = 5.0
