@@ -427,7 +427,8 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
     assert state.view(torch.int32).nonzero().flatten().tolist() == [COUNTERS_BYTE // 4]
 
 
-PTX_SCRIPT = """
+PARTS = 4
+LAYERS = """
 import re
 import sys
 from dataclasses import replace
@@ -467,7 +468,9 @@ product = dict(k=4096, epsilon=1e-5, normed=1, biased=1, shared_bytes=227 * 1024
 qkv = ProjectQkv(**pool, kv_element_bytes=2, **product, **eight_bits)
 narrow_kv = replace(qkv, kv_element_bytes=1, weight_group=4096, weight_float=1, narrow_rows=1)
 cases += [(90, qkv, 0), *((90, layer, tactic) for layer in (qkv, narrow_kv) for tactic in (2, -1))]
-for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
+"""
+COMPILE_CASES = """
+for arch, layer, tactic in cases[int(sys.argv[1]) :: int(sys.argv[2])]:
     launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer.tiles[tactic]
     writes_kv = isinstance(layer, ProjectQkv)
     layer = layer.linear if writes_kv else layer
@@ -493,37 +496,40 @@ for arch, layer, tactic in cases[int(sys.argv[1]) :: 2]:
     if arch == 90 and launch.constants["BLOCK_M"] >= 64:
         numbers = {"int8": ".s32.s8.s8", "fp8": ".f32.e4m3.e4m3"}.get(layer.operands, ".f32.bf16.bf16")
         assert re.search("wgmma.*" + re.escape(numbers), compiled.ptx), "numbers are widened"
-    if tile.tma and tile.block_n == 64:
-        try:
-            compile_kernel(
-                launch.kernel, types, launch.constants, arch=arch, num_warps=launch.num_warps,
-                num_stages=launch.num_stages, max_shared_bytes=launch.max_shared_bytes,
-                language_scratch_bytes=launch.language_scratch_bytes - 1,
-            )
-        except ValueError as error:
-            print("refused:", error)
+"""
+COMPILE_WITH_TOO_LITTLE = """
+deep = replace(plain, shared_bytes=227 * 1024)
+launch = deep.launch([(64, deep.k)], PlainArithmetic(), deep.num_tactics - 1)
+assert deep.tiles[-1].tma
+try:
+    compile_kernel(
+        launch.kernel, {name: kind.replace("model", "bf16") for name, kind in launch.types.items()},
+        launch.constants, arch=90, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        max_shared_bytes=launch.max_shared_bytes, language_scratch_bytes=launch.language_scratch_bytes - 1,
+    )
+except ValueError as error:
+    print(error)
 """
 
 
-def test_tiles_compile_for_ampere_ada_and_hopper(tmp_path: Path) -> None:
-    """Within the shared memory a plan has; in processes without this one's interpreter switch and cache.
-
-    Two of them, since there are many tiles.
-    """
+def compile_in_a_process(script: str, *arguments: str, cache: Path) -> str:
+    """What a script prints that compiles, without this process's interpreter switch and cache."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    running = []
-    for part in "01":
-        environment["TRITON_CACHE_DIR"] = str(tmp_path / part)
-        command = [sys.executable, "-c", PTX_SCRIPT, part]
-        running.append(
-            subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    for done, (output, _) in [(process, process.communicate()) for process in running]:
-        assert done.returncode == 0, output
-        refusals = [line for line in output.splitlines() if line.startswith("refused:")]
-        assert refusals
-        for refusal in refusals:
-            assert refusal.startswith("refused: kernel linear_tma wants 256 bytes of scratch memory ")
-            assert refusal.endswith("gives it 255")
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_tiles_compile_for_ampere_ada_and_hopper(part: int, tmp_path: Path) -> None:
+    """Within the shared memory a plan has; in parts, since there are many tiles."""
+    printed = compile_in_a_process(LAYERS + COMPILE_CASES, str(part), str(PARTS), cache=tmp_path)
+    assert len(printed.splitlines()) > 5
+
+
+def test_a_kernel_gets_no_more_scratch_memory_than_its_operator_has(tmp_path: Path) -> None:
+    refusal = compile_in_a_process(LAYERS + COMPILE_WITH_TOO_LITTLE, cache=tmp_path).strip()
+    assert refusal.startswith("kernel linear_tma wants 256 bytes of scratch memory ")
+    assert refusal.endswith("gives it 255")

@@ -29,7 +29,7 @@ class LinearTile:
     Attributes:
         splits: parts of k while the rows fit one tile; with r tiles of rows, splits // r, but at least 1.
         block_m: rows of a tile.
-        block_n: columns of a tile, a multiple of SQUARES_WIDTH.
+        block_n: columns of a tile, a multiple of SQUARES_WIDTH unless the layer is gated.
         block_k: how much of k is multiplied at once.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline over k.
@@ -99,6 +99,7 @@ DEEP_PLAIN: tuple[Shape, ...] = (
     (128, 128, 64, 8, 6),
 )
 DEEP_GATED: tuple[Shape, ...] = (
+    (16, 16, 128, 4, 3),
     (16, 32, 128, 4, 2),
     (64, 32, 64, 4, 3),
     (64, 64, 64, 4, 3),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, POOL_OFFSETS_BYTE
+from quire.execution.engine_state import COUNTERS_BYTE, POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, pool_type, power_of_two
 
@@ -17,6 +17,8 @@ MAX_SPLITS = 64
 MANY_SPLITS = 6
 """Splits that even many tiles may have, where a context is so long that others would wait for it. Each costs
 every tile a program, if only to see that there is nothing to do."""
+SPLIT_PROGRAMS = 8192
+"""Programs of a launch with that many, at most: 16,384 of which three in four had nothing to do cost 6%."""
 SPLIT_ROWS = 1024
 """Tokens times splits, at most, for which scratch is kept."""
 LONG_SPLIT = 2048
@@ -31,7 +33,7 @@ MAX_REGISTERS = 128
 
 @dataclass(frozen=True)
 class PagedAttend:
-    """Attend to the paged context, the step's own tokens included, which `KvWrite` has put there.
+    """Attend to the paged context, the step's own tokens included, which are there already.
 
     Inputs: query [T, num_heads, head_dim]; block_tables int32 [S, B]; query_start_loc int32 [S + 1]; seq_lens
     int32 [S]; kv_cache, the pool's first part; engine_state. Outputs: [T, num_heads * head_dim], and two
@@ -96,7 +98,7 @@ class PagedAttend:
 
         Half of it is the most tokens, and so the most tiles, that are split: each has a counter.
         """
-        return min(SPLIT_ROWS, 2 * (NUM_COUNTERS // self.num_kv_heads))
+        return min(SPLIT_ROWS, SPLIT_PROGRAMS // self.num_kv_heads)
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """The attended values, and scratch for as many rows as any split step has."""
