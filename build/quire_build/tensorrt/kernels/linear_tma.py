@@ -108,7 +108,7 @@ def linear_tma(
                 scale = row_scale(squares, row, num_rows, K, EPSILON)
                 known = row_tile
         beside = (row,)
-        if RESIDUAL and not BY_HALVES:
+        if not BY_HALVES:
             # On its way while the product is computed.
             beside = read_beside(
                 row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
@@ -145,10 +145,6 @@ def linear_tma(
             up = acc
             if GATED:
                 acc, up = halves(acc)
-            if HEADS is not None:
-                beside = read_beside(
-                    row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
-                )
             finish(
                 acc, up, scale, beside, row, first_column, num_rows, bias, heads, out, normed, out_squares,
                 N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
