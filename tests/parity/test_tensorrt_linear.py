@@ -427,8 +427,8 @@ def test_counters_start_behind_what_else_the_state_holds() -> None:
     assert state.view(torch.int32).nonzero().flatten().tolist() == [COUNTERS_BYTE // 4]
 
 
-PARTS = 4
-LAYERS = """
+PTX_PARTS = 4
+PTX_LAYERS = """
 import re
 import sys
 from dataclasses import replace
@@ -469,7 +469,7 @@ qkv = ProjectQkv(**pool, kv_element_bytes=2, **product, **eight_bits)
 narrow_kv = replace(qkv, kv_element_bytes=1, weight_group=4096, weight_float=1, narrow_rows=1)
 cases += [(90, qkv, 0), *((90, layer, tactic) for layer in (qkv, narrow_kv) for tactic in (2, -1))]
 """
-COMPILE_CASES = """
+PTX_CASES = """
 for arch, layer, tactic in cases[int(sys.argv[1]) :: int(sys.argv[2])]:
     launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer.tiles[tactic]
     writes_kv = isinstance(layer, ProjectQkv)
@@ -497,7 +497,7 @@ for arch, layer, tactic in cases[int(sys.argv[1]) :: int(sys.argv[2])]:
         numbers = {"int8": ".s32.s8.s8", "fp8": ".f32.e4m3.e4m3"}.get(layer.operands, ".f32.bf16.bf16")
         assert re.search("wgmma.*" + re.escape(numbers), compiled.ptx), "numbers are widened"
 """
-COMPILE_WITH_TOO_LITTLE = """
+PTX_REFUSAL = """
 deep = replace(plain, shared_bytes=227 * 1024)
 launch = deep.launch([(64, deep.k)], PlainArithmetic(), deep.num_tactics - 1)
 assert deep.tiles[-1].tma
@@ -522,14 +522,14 @@ def compile_in_a_process(script: str, *arguments: str, cache: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", range(PTX_PARTS))
 def test_tiles_compile_for_ampere_ada_and_hopper(part: int, tmp_path: Path) -> None:
     """Within the shared memory a plan has; in parts, since there are many tiles."""
-    printed = compile_in_a_process(LAYERS + COMPILE_CASES, str(part), str(PARTS), cache=tmp_path)
+    printed = compile_in_a_process(PTX_LAYERS + PTX_CASES, str(part), str(PTX_PARTS), cache=tmp_path)
     assert len(printed.splitlines()) > 5
 
 
 def test_a_kernel_gets_no_more_scratch_memory_than_its_operator_has(tmp_path: Path) -> None:
-    refusal = compile_in_a_process(LAYERS + COMPILE_WITH_TOO_LITTLE, cache=tmp_path).strip()
+    refusal = compile_in_a_process(PTX_LAYERS + PTX_REFUSAL, cache=tmp_path).strip()
     assert refusal.startswith("kernel linear_tma wants 256 bytes of scratch memory ")
     assert refusal.endswith("gives it 255")
