@@ -161,7 +161,7 @@ class NetworkWriter:
     def _data(self, name: str) -> Tensor:
         if name in self._reordered:
             source, order = self._reordered[name].input
-            return self._data(source)[torch.from_numpy(self._integers[order])]
+            return self._data(source)[torch.tensor(self._integers[order])]
         if name in self._stacks:
             stack = self._stacks[name]
             return torch.cat([self._data(part) for part in stack.input], dim=attribute(stack, "axis"))
@@ -176,7 +176,7 @@ class NetworkWriter:
         order: Any = slice(None)
         if name in self._reordered:
             name, by = self._reordered[name].input
-            order = torch.from_numpy(self._integers[by])
+            order = torch.tensor(self._integers[by])
         parts = self._stacks[name].input if name in self._stacks else [name]
         quantized = [quantization.weight(self._weight(part).detach().cpu(), self._dtype) for part in parts]
         values = torch.cat([part.values for part in quantized])[order]
