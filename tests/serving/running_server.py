@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,7 +176,12 @@ def bare_server(repository: Path, *flags: str, triton_flags: str = "") -> Iterat
         server = RunningServer.start(["sh", "-c", f"exec {line} {triton_flags}"], ports)
         try:
             server.wait_for_line("Started HTTPService")
-            yield server
+            tree, shared_memory = server.tree(), server.shared_memory()
+            try:
+                yield server
+            finally:
+                end(server)
+                clear_away(tree, shared_memory)
         finally:
             end(server)
 
@@ -240,6 +245,16 @@ def end(server: RunningServer) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         server.wait()
+
+
+def clear_away(tree: Sequence[int], shared_memory: Iterable[Path]) -> None:
+    """What a server that was killed leaves behind, where there is no launcher to do it."""
+    for pid in filter(is_running, tree):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: not any(is_running(pid) for pid in tree))
+    for file in shared_memory:
+        file.unlink(missing_ok=True)
 
 
 def is_running(pid: int) -> bool:
