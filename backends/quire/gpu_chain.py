@@ -103,8 +103,7 @@ def examine_chain(machine: GpuMachine, plan: Manifest | None = None) -> Iterator
         yield _gpu(number, gpu, plan)
     yield _tensorrt(machine, plan)
     yield _cuda_bindings(machine, wanted)
-    if plan is not None and plan.plan is not None:
-        yield _cupti(machine, plan.plan)
+    yield _cupti(machine, plan.plan if plan is not None else None)
     if machine.torch is not None and machine.gpus:
         yield _torch(machine)
 
@@ -182,9 +181,13 @@ def _cuda_bindings(machine: GpuMachine, wanted: bool) -> Finding:
     return Finding("cuda-bindings", machine.cuda_bindings)
 
 
-def _cupti(machine: GpuMachine, plan: PlanDetails) -> Finding:
-    if machine.cupti or plan.kernel_shared_bytes <= DEFAULT_SHARED_BYTES:
-        return Finding("cupti", "there" if machine.cupti else "not there, not needed by this plan")
+def _cupti(machine: GpuMachine, plan: PlanDetails | None) -> Finding:
+    if machine.cupti:
+        return Finding("cupti", "there")
+    if plan is None:
+        return Finding("cupti", "not there; a TensorRT engine is built with it")
+    if plan.kernel_shared_bytes <= DEFAULT_SHARED_BYTES:
+        return Finding("cupti", "not there, not needed by this plan")
     remedy = "pip install 'nvidia-cuda-cupti==13.*'; kernels of the repository's plan need it to start"
     return Finding("cupti", "not there", remedy)
 

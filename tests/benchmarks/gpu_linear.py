@@ -7,7 +7,8 @@ helps. With --precision numbers are of eight bits as in a plan of that precision
 and what quantises the rows of W8A8 is measured by itself; with --hosted only tiles that fit the shared memory
 of a plan that Triton hosts. The candidates are compiled first, by all processors; the most promising are
 measured first, and what the time does not suffice for is left out. `linear_tiles.py` holds what came out of
-this.
+this. The layer of queries, keys and values is measured as a product alone: in a plan it rotates and writes to
+the pool as well (`ProjectQkv`).
 """
 
 # mypy: disable-error-code="import-untyped,no-untyped-call"

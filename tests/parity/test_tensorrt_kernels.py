@@ -16,7 +16,14 @@ from torch.nn.functional import rms_norm
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by its own library functions too
 pytest.importorskip("triton")
 
-from quire.execution.engine_state import COUNTERS_BYTE, NUM_COUNTERS, POOL_OFFSETS_BYTE, engine_state_elements
+from quire.execution.engine_state import (
+    COUNTERS_BYTE,
+    NUM_COUNTERS,
+    POOL_OFFSETS_BYTE,
+    STEP_MARK,
+    STEP_SIZE_BYTE,
+    engine_state_elements,
+)
 from quire_build.tensorrt.kernels.kv_write import Heads, kv_write
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
 from quire_build.tensorrt.operators import in_pairs
@@ -91,6 +98,7 @@ def make_step(rng: np.random.Generator, layout: Layout, query_lens: list[int], c
     pool[0] = 0.0
     pool = pool.to(layout.dtype)
     state = torch.zeros(engine_state_elements(8), dtype=torch.int64)
+    state[STEP_SIZE_BYTE // 8] = STEP_MARK << 32
     state[0] = num_blocks
     return Step(query_lens, seq_lens, tables, pool, state)
 
@@ -373,9 +381,12 @@ def test_kv_write_makes_the_largest_e4m3_of_what_is_beyond_it() -> None:
     before = step.pool.clone()
     written = torch.tensor([0.0, 1.97, -17.0, 3e-3, 447.0, 448.0, 449.0, 463.0, 465.0, -470.0, 1e4, -1e30])
     values = torch.cat([written, torch.tensor([3e38, -3e38, 0.25, -448.0])])
-    run_kv_write(torch.cat([torch.zeros(32), values])[None], torch.ones(2, 16), step, layout, 0)
+    # A key whose root mean square is 1 almost exactly, times the norm's weight, at position 0: not rotated.
+    norms = torch.stack([torch.ones(16), values])
+    run_kv_write(torch.cat([torch.zeros(16), torch.ones(16), values])[None], norms, step, layout, 0)
     block = int(step.block_tables[0, 0])
-    expected = torch.stack([torch.zeros(16), values.clamp(-448.0, 448.0)]).to(torch.float8_e4m3fn)
+    keys = values / math.sqrt(1 + 1e-3)
+    expected = torch.stack([keys, values]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
     assert torch.equal(step.pool[block, 0, :, 0, 0].view(torch.uint8), expected.view(torch.uint8))
     step.pool[block, 0, :, 0, 0] = before[block, 0, :, 0, 0]
     assert torch.equal(step.pool.view(torch.uint8), before.view(torch.uint8)), "something else was written"

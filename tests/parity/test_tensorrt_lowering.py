@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from tests.parity.test_tensorrt_operators import run
 
 from quire.errors import UnsupportedModelError
-from quire.execution.engine_state import MAX_POOLS, STEP_MARK, engine_state_elements
+from quire.execution.engine_state import MAX_POOLS, STEP_MARK, STEP_SIZE_BYTE, engine_state_elements
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.decoder import Decoder
 from quire_build.decoder_config import DecoderConfig, RopeConfig
@@ -111,8 +111,10 @@ POOL_OF_ONE = {
 
 
 def new_state() -> Array:
+    """As in a step of which everything is used."""
     state = np.zeros(engine_state_elements(8), np.int64)
     state[0] = NUM_BLOCKS
+    state[STEP_SIZE_BYTE // 8 :][:2] = STEP_MARK << 32 | (2**31 - 1)
     return state
 
 
@@ -329,4 +331,16 @@ def test_what_a_plan_cannot_run_is_refused_by_name(model: onnx.ModelProto) -> No
     other = copy.deepcopy(model)
     next(node for node in other.graph.node if node.op_type == "Gemm").op_type = "MatMul"
     with pytest.raises(UnsupportedModelError, match="MatMul"):
+        lower(other)
+
+
+def test_a_norm_of_one_kind_of_heads_alone_is_refused(tmp_path: Path) -> None:
+    other = export(tmp_path, config(qk_norm=True))
+    weights = {weight.name: tuple(weight.dims) for weight in other.graph.initializer}
+    norms = [node for node in other.graph.node if node.op_type == "RMSNormalization"]
+    norm = next(norm for norm in norms if weights[norm.input[1]] == (16,))
+    for node in other.graph.node:
+        node.input[:] = [norm.input[0] if name == norm.output[0] else name for name in node.input]
+    other.graph.node.remove(norm)
+    with pytest.raises(UnsupportedModelError, match="only one of"):
         lower(other)

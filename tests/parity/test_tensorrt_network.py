@@ -218,8 +218,10 @@ def test_linear_layers_know_the_gpu_and_which_of_them_makes_logits(
     model: onnx.ModelProto, tensorrt: list[operators.Operator], shared_bytes: int
 ) -> None:
     written(model, shared_bytes=shared_bytes)
-    layers = [operator for operator in tensorrt if isinstance(operator, operators.Linear)]
-    assert {(layer.shared_bytes, layer.multiprocessors) for layer in layers} == {(shared_bytes, 3)}
+    products = [op for op in tensorrt if isinstance(op, operators.Linear | operators.ProjectQkv)]
+    assert {(product.shared_bytes, product.multiprocessors) for product in products} == {(shared_bytes, 3)}
+    layers = [product for product in products if isinstance(product, operators.Linear)]
+    assert len(layers) == len(products) - 2
     assert [layer.wide_output for layer in layers] == [0] * (len(layers) - 1) + [1]
 
 

@@ -69,7 +69,7 @@ class Watch:
 
 
 def kill_while_it_waits(pid: int) -> None:
-    """Kill a component at a moment when all of its threads wait for something.
+    """Kill a component at a moment when all of its threads are in a system call, so most likely waiting.
 
     One that computes may hold a lock in the memory that it shares with Triton, which aborts when it meets the
     lock of a dead process.
@@ -82,8 +82,9 @@ def kill_while_it_waits(pid: int) -> None:
 
     def waits() -> bool:
         os.kill(pid, signal.SIGSTOP)
-        assert eventually(stopped)
-        if all((task / "syscall").read_text().split()[0] != "-1" for task in tasks.iterdir()):
+        if eventually(stopped) and all(
+            (task / "syscall").read_text().split()[0] != "-1" for task in tasks.iterdir()
+        ):
             return True
         os.kill(pid, signal.SIGCONT)
         return False

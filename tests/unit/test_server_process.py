@@ -111,7 +111,7 @@ class Run:
 
 
 def press_ctrl_c() -> None:
-    """Straight to the main thread: it would not be woken if another one got the signal."""
+    """Straight to the main thread: it would be woken only after a while if another one got the signal."""
     main = threading.main_thread().ident
     assert main is not None
     signal.pthread_kill(main, signal.SIGINT)

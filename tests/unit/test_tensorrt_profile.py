@@ -44,7 +44,7 @@ def test_layers_are_summed_by_kind_and_what_is_no_operator_of_ours_is_the_rest()
     assert PROFILE.kinds_ms == {
         "linear layers": 3.0,
         "attention": 0.5,
-        "norm of heads": 0.25,
+        "norm of heads, KV write": 0.25,
         "sampling": 0.125,
         "rest": 0.125,
     }

@@ -255,7 +255,7 @@ class ServerProcess:
                 case event if event is awaited:
                     return
 
-    def _next_event(self, timeout_s: float | None = None) -> _Event | None:
+    def _next_event(self, timeout_s: float) -> _Event | None:
         try:
             return self._events.get(timeout=timeout_s)
         except queue.Empty:

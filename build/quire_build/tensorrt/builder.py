@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MODEL_ELEMENT_BYTES = 2
 """Of activations, and of weights that are not of eight bits, in every precision."""
 TIMING_CACHE_FILE = "tensorrt-timing-cache"
+"""Name of the folder's files before the dot; see `timing_cache_file`."""
 
 
 class TensorRTBuilder:
@@ -79,7 +81,7 @@ class TensorRTBuilder:
                 options, config, weight_bytes(graph, MODEL_ELEMENT_BYTES, quantization)
             ),
             quantization=quantization,
-            timing_cache=_cache_directory() / TIMING_CACHE_FILE,
+            timing_cache=_cache_directory() / timing_cache_file(options.precision, options.placement),
         )
         weight = checkpoint_weights(source, limits.max_model_len)
         plan = build_plan(graph, weight, plan_options, progress)
@@ -151,6 +153,17 @@ def weight_bytes(model: onnx.ModelProto, element_bytes: int, quantization: Quant
         if not narrow or weight.name in others:
             total += elements * element_bytes
     return total
+
+
+def timing_cache_file(precision: Precision, placement: EnginePlacement) -> str:
+    """Name of the file with what TensorRT measured for plans of this kind, by this version of the kernels.
+
+    TensorRT knows a tactic by its number and the shapes it was timed with, not by the kernel behind the
+    number, nor by the weight's element type.
+    """
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    return f"{TIMING_CACHE_FILE}.{precision}.{placement.value}.{digest}"
 
 
 def _cache_directory() -> Path:

@@ -160,24 +160,28 @@ class NetworkWriter:
 
     def _data(self, name: str) -> Tensor:
         if name in self._reordered:
-            source, order = self._reordered[name].input
-            return self._data(source)[torch.tensor(self._integers[order])]
+            source, order = self._source(name)
+            return self._data(source)[order]
         if name in self._stacks:
             stack = self._stacks[name]
             return torch.cat([self._data(part) for part in stack.input], dim=attribute(stack, "axis"))
         dtype = torch.float32 if name in TABLES else self._dtype
         return self._weight(name).detach().to("cpu", dtype).contiguous()
 
+    def _source(self, name: str) -> tuple[str, Any]:
+        """The weight that a weight is made of, and in which order its rows are taken."""
+        if name not in self._reordered:
+            return name, slice(None)
+        source, order = self._reordered[name].input
+        return source, torch.tensor(self._integers[order])
+
     def _quantized(self, name: str, quantization: Quantization) -> tuple[Any, Any]:
         """A linear layer's weight [n, k] of eight bits, bound as int32 [n, k / 4]; its scales [groups, n].
 
         One of the checkpoint's tensors is quantised at a time, from its own type.
         """
-        order: Any = slice(None)
-        if name in self._reordered:
-            name, by = self._reordered[name].input
-            order = torch.tensor(self._integers[by])
-        parts = self._stacks[name].input if name in self._stacks else [name]
+        source, order = self._source(name)
+        parts = self._stacks[source].input if source in self._stacks else [source]
         quantized = [quantization.weight(self._weight(part).detach().cpu(), self._dtype) for part in parts]
         values = torch.cat([part.values for part in quantized])[order]
         k = values.shape[1]
@@ -234,11 +238,10 @@ class NetworkWriter:
         inputs = [self._tensor(name) for name in node.input[:-1]]
         self._add_own(node, inputs + pools)
 
-    def _add_kvwrite(self, node: NodeProto) -> None:
+    def _add_with_state(self, node: NodeProto) -> None:
         self._add_own(node, [*(self._tensor(name) for name in node.input), self._tensors[STATE]])
 
-    def _add_pagedattend(self, node: NodeProto) -> None:
-        self._add_own(node, [*(self._tensor(name) for name in node.input), self._tensors[STATE]])
+    _add_kvwrite = _add_pagedattend = _add_quantize = _add_with_state
 
     def _add_linear(self, node: NodeProto) -> None:
         x, weight, squares, residual, next_norm, bias, *rest = _padded(node.input, LINEAR_INPUTS["Linear"])
@@ -282,9 +285,6 @@ class NetworkWriter:
             shared_bytes=self._shared_bytes,
             multiprocessors=self._multiprocessors,
         )
-
-    def _add_quantize(self, node: NodeProto) -> None:
-        self._add_own(node, [self._tensor(node.input[0]), self._tensors[STATE]])
 
     def _add_sample(self, node: NodeProto) -> None:
         self._add_own(node, [self._tensor(name) for name in node.input])

@@ -17,16 +17,17 @@ import onnx
 import torch
 from torch import Tensor
 
-from quire.errors import BuildError
+from quire.errors import BuildError, StartupError
 from quire.execution.engine_state import MAX_POOLS, POOL_HEADER_BYTES, STEP_ELEMENTS, engine_state_elements
 from quire.execution.manifest import EngineLimits, PlanDetails
+from quire.execution.tensorrt.launches import load_cupti
 from quire.execution.tensorrt.library import DRIVER_LIBRARY, TensorRTLog, tensorrt_module
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES, allow_shared_memory
 from quire_build.engine_builder import Progress
 from quire_build.quantization import Quantization
 from quire_build.tensorrt.cold_cache import ColdCache
 from quire_build.tensorrt.lowering import lower
-from quire_build.tensorrt.machine import this_gpu
+from quire_build.tensorrt.machine import Gpu, this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 from quire_build.tensorrt.plugins import register_plugins
 
@@ -125,7 +126,8 @@ def build_plan(
 
     Raises:
         UnsupportedModelError: naming what a plan cannot run.
-        BuildError: there is no TensorRT or no GPU, or TensorRT failed.
+        BuildError: there is no TensorRT, no GPU or no CUPTI, or TensorRT failed.
+        StartupError: a profiler uses CUPTI in this process.
     """
     trt, gpu = tensorrt_module(), this_gpu()
     pool = options.pool
@@ -143,6 +145,7 @@ def build_plan(
                 f"kv_cache_dtype is 'fp8', which takes compute capability 8.9 or newer; {gpu.name} has "
                 f"{capability}: --kv-cache-dtype auto keeps the model's type"
             )
+    cold_cache = _cold_cache(gpu)
     # Nobody is there to raise the limit where Triton launches the kernels.
     shared_bytes = DEFAULT_SHARED_BYTES if options.hosted else gpu.shared_bytes
     progress(f"lowering the graph for {gpu.name}")
@@ -178,7 +181,6 @@ def build_plan(
             profile.set_shape(name, smallest, usual, largest)
         config.add_optimization_profile(profile)
     progress(f"building with TensorRT {trt.__version__} for {len(ranges)} ranges of tokens")
-    cold_cache = ColdCache(ctypes.CDLL(DRIVER_LIBRARY), gpu.l2_bytes)
     with allow_shared_memory(shared_bytes, cold_cache):
         data = builder.build_serialized_network(network, config)
     if data is None:
@@ -196,6 +198,19 @@ def build_plan(
         gpu_name=gpu.name,
     )
     return BuiltPlan(data, details, trt.__version__)
+
+
+def _cold_cache(gpu: Gpu) -> ColdCache:
+    """What makes the cache cold, once it is sure that launches can be seen.
+
+    Raises:
+        BuildError: they cannot.
+    """
+    try:
+        load_cupti(ctypes.CDLL)
+        return ColdCache(ctypes.CDLL(DRIVER_LIBRARY), gpu.l2_bytes)
+    except (StartupError, OSError) as error:
+        raise BuildError(f"a plan cannot be built here: {error}") from None
 
 
 def profile_ranges(limits: EngineLimits) -> tuple[tuple[int, int], ...]:

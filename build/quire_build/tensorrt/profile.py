@@ -33,7 +33,7 @@ KINDS: Mapping[str, str] = {
     "ProjectQkv": "linear layers",
     "Quantize": "quantising",
     "PagedAttend": "attention",
-    "KvWrite": "norm of heads",
+    "KvWrite": "norm of heads, KV write",
     "Sample": "sampling",
 }
 """What the operators are called; layers of any other are the rest."""

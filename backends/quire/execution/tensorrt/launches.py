@@ -139,7 +139,8 @@ def load_cupti(load: Callable[[str], Any]) -> Any:
         except OSError as error:
             errors.append(str(error))
     raise StartupError(
-        f"this engine needs CUPTI of CUDA 13 ({errors[0]}); install it with `pip install nvidia-cuda-cupti`"
+        f"a TensorRT engine needs CUPTI of CUDA 13 ({errors[0]}); install it with "
+        "`pip install nvidia-cuda-cupti`"
     )
 
 

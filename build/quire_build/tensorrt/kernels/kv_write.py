@@ -21,6 +21,7 @@ import triton.language as tl
 
 from quire_build.quantization import LARGEST
 from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
+from quire_build.tensorrt.kernels.step_size import is_noted
 
 LARGEST_E4M3 = tl.constexpr(LARGEST["fp8"])
 
@@ -53,17 +54,18 @@ class Heads(NamedTuple):
 
 
 @triton.jit
-def read_places(row, first_column, num_rows, heads, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
+def read_places(row, first_column, num_rows, to_pool, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
     """What a tile's rows and columns from ``first_column`` on are turned by, and where in the pool they go.
 
     Args:
-        heads: the tuple (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer) of `kv_write`.
+        to_pool: the tuple (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer) of `kv_write`.
 
     Returns:
-        Cosines and sines of the pairs, float32 [rows, BLOCK_N / 2], 1 and 0 for values; elements from the
-        pool's pointer to a row's place in the layer, int64 [rows]; whether there is one, [rows].
+        Cosines and sines of the pairs, float32 [rows, BLOCK_N / 2], 1 and 0 for values, which are turned by
+        them too; elements from the pool's pointer to a row's place in the layer, int64 [rows]; whether there
+        is one, [rows]: there is none in the null block, outside the pool, and before the first step.
     """
-    cos_sin, positions, slot_mapping, _, engine_state, layer = heads
+    cos_sin, positions, slot_mapping, _, engine_state, layer = to_pool
     HALF: tl.constexpr = HEADS.head_dim // 2
     PLANE: tl.constexpr = HEADS.num_kv_heads * HEADS.block_size * HEADS.head_dim
     is_row = row < num_rows
@@ -75,7 +77,7 @@ def read_places(row, first_column, num_rows, heads, HEADS: tl.constexpr, BLOCK_N
     cos = tl.load(angle, mask=turns, other=1.0)
     sin = tl.load(angle + HALF, mask=turns, other=0.0)
 
-    num_blocks = pool_blocks(engine_state, HEADS.max_blocks)
+    num_blocks = tl.where(is_noted(engine_state), pool_blocks(engine_state, HEADS.max_blocks), 0)
     offsets = pool_offsets(engine_state, HEADS.pool_offsets_byte)
     slot = tl.load(slot_mapping + row, mask=is_row, other=0)
     block = slot // HEADS.block_size
@@ -97,7 +99,7 @@ def store_heads(
     first_column,
     end_column,
     num_rows,
-    heads,
+    to_pool,
     query,
     HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -110,10 +112,11 @@ def store_heads(
         places: what `read_places` returned for it.
         first_column: even.
         end_column: columns from there on are padding.
-        heads, query: see `kv_write`.
+        to_pool: see `read_places`.
+        query: see `kv_write`.
     """
     cos, sin, place, is_stored = places
-    kv_cache = heads[3]
+    _, _, _, kv_cache, _, _ = to_pool
     SIZE: tl.constexpr = HEADS.head_dim
     KEYS: tl.constexpr = HEADS.num_heads * SIZE
     n = first_column + tl.arange(0, BLOCK_N)
@@ -177,8 +180,8 @@ def kv_write(
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_N)
-    heads = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
-    places = read_places(row, head * SIZE, num_rows, heads, HEADS, BLOCK_N)
+    to_pool = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
+    places = read_places(row, head * SIZE, num_rows, to_pool, HEADS, BLOCK_N)
     source = qkv + row.to(tl.int64)[:, None] * WIDTH + (head * SIZE + dim)[None, :]
     mask = (row < num_rows)[:, None] & (dim < SIZE)[None, :]
     tile = tl.load(source, mask=mask, other=0.0).to(tl.float32)
@@ -187,4 +190,4 @@ def kv_write(
         scale = tl.rsqrt(tl.sum(tile * tile, 1) / SIZE + EPSILON)
         tile = tile * scale[:, None] * tl.load(gain, mask=dim < SIZE, other=0.0).to(tl.float32)[None, :]
     end = (head + 1) * SIZE
-    store_heads(tile, places, row, head * SIZE, end, num_rows, heads, query, HEADS, BLOCK_M, BLOCK_N)
+    store_heads(tile, places, row, head * SIZE, end, num_rows, to_pool, query, HEADS, BLOCK_M, BLOCK_N)

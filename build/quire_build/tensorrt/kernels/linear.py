@@ -37,7 +37,7 @@ SUMS_AT_ONCE = tl.constexpr(64)
 ROW_TILES_PER_GROUP = tl.constexpr(8)
 """Row tiles that go through the columns together, so that memory is read once for all of them."""
 SMALL_TILE = tl.constexpr(64 * 64)
-"""Elements of a tile up to which what it is added to is read before the product."""
+"""Elements of a tile up to which what it meets behind the product is read before it."""
 HALVED_FROM = tl.constexpr(128 * 128)
 """Elements from which on a tile is finished by halves: its way to memory leads through shared memory."""
 
@@ -113,7 +113,7 @@ def read_beside(
     num_rows,
     residual,
     next_norm,
-    heads,
+    to_pool,
     N: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HEADS: tl.constexpr,
@@ -130,7 +130,7 @@ def read_beside(
         before = tl.load(residual + row.to(tl.int64)[:, None] * N + n[None, :], mask=mask, other=0.0)
         beside = (before, tl.load(next_norm + n, mask=n < N, other=0.0))
     elif HEADS is not None:
-        beside = read_places(row, first_column, num_rows, heads, HEADS, BLOCK_N)
+        beside = read_places(row, first_column, num_rows, to_pool, HEADS, BLOCK_N)
     else:
         beside = (row, row)
     return beside
@@ -146,7 +146,7 @@ def finish(
     first_column,
     num_rows,
     bias,
-    heads,
+    to_pool,
     out,
     normed,
     out_squares,
@@ -183,7 +183,7 @@ def finish(
     if RESIDUAL:
         acc += beside[0].to(tl.float32)
     if HEADS is not None:
-        store_heads(acc, beside, row, first_column, N, num_rows, heads, out, HEADS, BLOCK_M, BLOCK_N)
+        store_heads(acc, beside, row, first_column, N, num_rows, to_pool, out, HEADS, BLOCK_M, BLOCK_N)
     else:
         target = row.to(tl.int64)[:, None] * N + n[None, :]
         result = acc.to(out.dtype.element_ty)
@@ -214,7 +214,7 @@ def _read_and_finish(
     residual,
     next_norm,
     bias,
-    heads,
+    to_pool,
     out,
     normed,
     out_squares,
@@ -235,10 +235,10 @@ def _read_and_finish(
         scale = row_scale(squares, row, num_rows, K, EPSILON)
     if BLOCK_M * BLOCK_N > SMALL_TILE:
         beside = read_beside(
-            row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
+            row, first_column, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, BLOCK_N
         )
     finish(
-        acc, up, scale, beside, row, first_column, num_rows, bias, heads, out, normed, out_squares, N,
+        acc, up, scale, beside, row, first_column, num_rows, bias, to_pool, out, normed, out_squares, N,
         NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -369,12 +369,12 @@ def linear(
         next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
     w_tile = weight + (of_tile // BLOCK_N * N + w_n).to(tl.int64)[:, None] * K + k[None, :]
 
-    heads = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
+    to_pool = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
     beside = (row,)
     if BLOCK_M * BLOCK_N <= SMALL_TILE:
         # On its way while the product is computed.
         beside = read_beside(
-            row, column * BLOCK_N, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
+            row, column * BLOCK_N, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, BLOCK_N
         )
 
     EXACT: tl.constexpr = NARROW_ROWS and not WEIGHT_FLOAT
@@ -429,7 +429,7 @@ def linear(
                         up_total += tl.load(part + BLOCK_M * N, mask=there, other=0.0, cache_modifier=".cg")
             _read_and_finish(
                 total, up_total, beside, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias,
-                heads, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, HEADS,
+                to_pool, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, HEADS,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
             return
@@ -437,13 +437,13 @@ def linear(
     if not GATED and BLOCK_M * BLOCK_N >= HALVED_FROM:
         left, right = halves(acc)
         _read_and_finish(
-            left, left, beside, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, heads,
+            left, left, beside, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, to_pool,
             out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M,
             BLOCK_N // 2,
         )  # fmt: skip
         _read_and_finish(
             right, right, beside, row, column * BLOCK_N + BLOCK_N // 2, num_rows, squares, residual,
-            next_norm, bias, heads, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
+            next_norm, bias, to_pool, out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS,
             HEADS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
@@ -451,6 +451,6 @@ def linear(
         if GATED:
             acc, up = halves(acc)
         _read_and_finish(
-            acc, up, beside, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, heads,
+            acc, up, beside, row, column * BLOCK_N, num_rows, squares, residual, next_norm, bias, to_pool,
             out, normed, out_squares, K, N, NORMED, EPSILON, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
         )  # fmt: skip

@@ -27,7 +27,11 @@ from quire_build.tensorrt.kernels.step_size import used
 ROW_TILES_PER_GROUP = tl.constexpr(4)
 """Row tiles that go through the columns together. Where it divides PROGRAMS, a program keeps its rows."""
 LARGEST_EPILOGUE = tl.constexpr(128 * 128)
-"""Elements of a result that a program has registers for; a larger tile is finished by halves."""
+"""Elements of a result that a program has registers for; a larger tile is finished by halves.
+
+Where the columns are heads, whose cosines and sines want registers as well, the largest tiles spill a few
+bytes.
+"""
 
 
 @triton.jit(do_not_specialize=["num_rows", "layer"])
@@ -91,7 +95,7 @@ def linear_tma(
         x = narrow_x.to(tl.pointer_type(narrow), bitcast=True)
     x_tiles = tl.make_tensor_descriptor(x, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
     w_tiles = tl.make_tensor_descriptor(weight, [PARTS, N, K], [N * K, K, 1], [PARTS, BLOCK_N, BLOCK_K])
-    heads = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
+    to_pool = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
     row_tiles = tl.cdiv(used(engine_state, COUNTED, num_rows), BLOCK_M)
 
     known = -1
@@ -111,7 +115,7 @@ def linear_tma(
         if not BY_HALVES:
             # On its way while the product is computed.
             beside = read_beside(
-                row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, BLOCK_N
+                row, first_column, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, BLOCK_N
             )
 
         acc = tl.zeros([BLOCK_M, WIDTH], tl.int32 if EXACT else tl.float32)
@@ -128,17 +132,17 @@ def linear_tma(
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = halves(acc)
             beside = read_beside(
-                row, first_column, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, HALF
+                row, first_column, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, HALF
             )
             finish(
-                left, left, scale, beside, row, first_column, num_rows, bias, heads, out, normed,
+                left, left, scale, beside, row, first_column, num_rows, bias, to_pool, out, normed,
                 out_squares, N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, HALF,
             )  # fmt: skip
             beside = read_beside(
-                row, first_column + HALF, num_rows, residual, next_norm, heads, N, RESIDUAL, HEADS, HALF
+                row, first_column + HALF, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, HALF
             )
             finish(
-                right, right, scale, beside, row, first_column + HALF, num_rows, bias, heads, out, normed,
+                right, right, scale, beside, row, first_column + HALF, num_rows, bias, to_pool, out, normed,
                 out_squares, N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, HALF,
             )  # fmt: skip
         else:
@@ -146,6 +150,6 @@ def linear_tma(
             if GATED:
                 acc, up = halves(acc)
             finish(
-                acc, up, scale, beside, row, first_column, num_rows, bias, heads, out, normed, out_squares,
+                acc, up, scale, beside, row, first_column, num_rows, bias, to_pool, out, normed, out_squares,
                 N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
             )  # fmt: skip

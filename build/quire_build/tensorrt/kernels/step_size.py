@@ -25,6 +25,12 @@ def note(engine_state, WHICH: tl.constexpr, mark, count):
 
 
 @triton.jit
+def is_noted(engine_state):
+    """Whether a step has begun. While TensorRT times tactics none has, and their inputs may be anything."""
+    return tl.load(engine_state + STEP_SIZE + TOKENS) >> 32 == MARK
+
+
+@triton.jit
 def used(engine_state, WHICH: tl.constexpr, given):
     """How many of so many tokens or rows the step has; all, where no step has said so."""
     noted = tl.load(engine_state + STEP_SIZE + WHICH)

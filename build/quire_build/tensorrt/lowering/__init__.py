@@ -1,7 +1,8 @@
 """model.onnx, node by node, into the operators of `quire_build.tensorrt.operators`.
 
 One rewrite a file. They touch the structure alone, never a weight: a weight that a fused operator wants whole
-stays a Concat of the checkpoint's, for the plan builder to carry out.
+stays a Concat of the checkpoint's, and a Gather where its rows change places, for the plan builder to carry
+out.
 """
 
 from __future__ import annotations

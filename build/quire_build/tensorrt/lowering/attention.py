@@ -55,16 +55,20 @@ def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
     graph.add("Concat", weights, [f"{weight}.checkpoint"], before=node, axis=0)
     stacked_bias = graph.bias_of(projections, f"{output}.qkv_bias.checkpoint")
     # Queries and keys in the order that RoPE is applied in, values as they are.
-    rotated = (num_heads + num_kv_heads) * head_dim
+    rotated, width = (num_heads + num_kv_heads) * head_dim, (num_heads + 2 * num_kv_heads) * head_dim
     pairs = in_pairs(head_dim).tolist()
     places = [head + dim for head in range(0, rotated, head_dim) for dim in pairs]
-    order = graph.integers("qkv_order", [*places, *range(rotated, rotated + num_kv_heads * head_dim)])
+    order = graph.integers("qkv_order", [*places, *range(rotated, width)])
     graph.add("Gather", [f"{weight}.checkpoint", order], [weight], before=node, axis=0)
     if stacked_bias:
         bias = f"{output}.qkv_bias"
         graph.add("Gather", [stacked_bias, order], [bias], before=node, axis=0)
     k, to_pool = graph.size(weights[0], 1), [COS_SIN, "positions", node.input[5], POOL]
     written = shape | {"max_positions": graph.size("cosine", 0)}
+    if (query_norm is None) != (key_norm is None):
+        raise UnsupportedModelError(
+            f"a plan cannot norm the heads of only one of '{query.name}', '{key.name}'"
+        )
     if query_norm is None or key_norm is None:
         graph.add(
             "ProjectQkv",
@@ -79,16 +83,18 @@ def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
     else:
         norms = f"{output}.head_norms"
         both = [norm.input[1] for norm in (query_norm, key_norm)]
-        order = graph.integers("head_norms_order", [start + dim for start in (0, head_dim) for dim in pairs])
+        norm_order = graph.integers(
+            "head_norms_order", [start + dim for start in (0, head_dim) for dim in pairs]
+        )
         graph.add("Concat", both, [f"{norms}.checkpoint"], axis=0)
-        graph.add("Gather", [f"{norms}.checkpoint", order], [norms], axis=0)
+        graph.add("Gather", [f"{norms}.checkpoint", norm_order], [norms], axis=0)
         graph.add(
             "Linear",
             [query.input[0], weight, "", "", "", bias],
             [f"{output}.qkv"],
             domain=DOMAIN,
             before=node,
-            n=len(places) + num_kv_heads * head_dim,
+            n=width,
             k=k,
             biased=int(bool(bias)),
         )

@@ -85,11 +85,12 @@ class Graph:
         return stack
 
     def integers(self, name: str, values: Sequence[int]) -> str:
-        """A constant of int64 under this name, if there is none yet."""
+        """A constant of int64 under this name: a new one, or one of the same values that is there."""
         if name not in self.weights:
             tensor = numpy_helper.from_array(np.array(values, dtype=np.int64), name)
             self.model.graph.initializer.append(tensor)
             self.weights[name] = tensor
+        assert numpy_helper.to_array(self.weights[name]).tolist() == list(values)
         return name
 
     def size(self, weight: str, axis: int) -> int:

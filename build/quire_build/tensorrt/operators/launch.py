@@ -53,9 +53,10 @@ class Launch:
     """One kernel launch.
 
     Attributes:
-        kernel: a ``triton.jit`` function; its parameters are the operator's inputs, integers and outputs.
+        kernel: a ``triton.jit`` function; its parameters are the operator's inputs, integers and outputs, but
+            for those that `constants` sets.
         types: of those parameters, in the Triton language's words, MODEL where the model's type belongs.
-        constants: its ``constexpr`` parameters, and None for each other parameter that it does without.
+        constants: its ``constexpr`` parameters, and None for each other parameter that does not exist here.
         grid: programs along each axis.
         integers: its integer parameters.
         max_registers: of a thread; the compiler's own choice where None.

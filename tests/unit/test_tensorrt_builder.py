@@ -1,9 +1,10 @@
-"""What a hosted plan is left beside weights and pool."""
+"""What a hosted plan is left beside weights and pool, and where TensorRT's timings are kept."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -102,3 +103,19 @@ def test_the_pool_gets_what_weights_and_reserve_leave(monkeypatch: pytest.Monkey
     assert build._hosted_pool_bytes(fp8, LLAMA_8B, 16 << 30) == left - (16 << 30), "activations are as wide"
     in_process = msgspec.structs.replace(options, placement=EnginePlacement.IN_PROCESS)
     assert build._hosted_pool_bytes(in_process, LLAMA_8B, left) == 0
+
+
+def test_what_was_measured_is_kept_apart_by_kind_of_plan_and_version_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def names() -> set[str]:
+        placements = {builder.timing_cache_file("bf16", placement) for placement in EnginePlacement}
+        return {*placements, builder.timing_cache_file("int8", EnginePlacement.IN_PROCESS)}
+
+    before = names()
+    assert len(before) == 3
+    assert names() == before
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "linear.py").write_text("other tiles")
+    monkeypatch.setattr(builder, "__file__", str(tmp_path / "builder.py"))
+    assert not names() & before
