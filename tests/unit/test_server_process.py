@@ -1,4 +1,4 @@
-"""A server that crashes, played by a child that says so as Triton does."""
+"""A server that crashes or does not stop, played by a child that says so as Triton does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -25,9 +26,11 @@ PATIENCE_S = 30
 NEVER_S = 600.0
 """A grace period that is not over before the test is."""
 CRASH = "Signal (6) received."
+WORKING = "at work"
 NOT_ENDED = r"^the server crashed \(signal 6\) and did not end by itself$"
 DRAINING = "draining: no new requests; Ctrl-C again to kill"
 STOPPING = "stopping the server"
+KILLING = "killing the server"
 _PR_SET_CHILD_SUBREAPER = 36
 
 SERVER = """
@@ -64,11 +67,15 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Run:
-    """One run of a server that crashes, once it is ready or before, and then ends or blocks for ever."""
+    """One run of a server that crashes, once it is ready or before, and then ends or blocks for ever.
 
-    def __init__(self, *, ready: bool, ends: bool) -> None:
+    It may say something else than that it crashed.
+    """
+
+    def __init__(self, *, ready: bool, ends: bool, says: str = CRASH) -> None:
         self._ready = ready
         self._ends = ends
+        self._says = says
         self.reports: list[str] = []
 
     def __call__(
@@ -84,7 +91,7 @@ class Run:
             unbound.bind(("127.0.0.1", 0))
             port = unbound.getsockname()[1]
         prefix = f"{SHM_PREFIX}test-{uuid.uuid4().hex}_"
-        words = (sys.executable, "-c", SERVER, str(port), str(self._ready), CRASH, str(self._ends))
+        words = (sys.executable, "-c", SERVER, str(port), str(self._ready), self._says, str(self._ends))
         lines: list[str] = []
 
         def take(line: str) -> None:
@@ -115,6 +122,15 @@ def press_ctrl_c() -> None:
     main = threading.main_thread().ident
     assert main is not None
     signal.pthread_kill(main, signal.SIGINT)
+
+
+def await_that_the_main_thread_waits() -> None:
+    """Not for this thread, which leaves it time, but for something that does not come meanwhile."""
+    state = Path(f"/proc/self/task/{os.getpid()}/syscall")
+    waited = 0
+    while waited < 10:
+        time.sleep(0.01)
+        waited = 0 if state.read_text().startswith("running") else waited + 1
 
 
 def test_a_server_that_crashed_and_blocks_for_ever_is_ended() -> None:
@@ -187,4 +203,31 @@ def test_a_server_that_crashes_and_blocks_as_it_stops_is_not_waited_for(
             )
     finally:
         over.set()
+    assert time.monotonic() - asked < PATIENCE_S
+
+
+def test_a_second_ctrl_c_that_another_thread_gets_is_heard_while_requests_finish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The main thread waits then, and is not woken by that signal."""
+    over = threading.Event()
+
+    def press_again(*_: object, **__: object) -> str:
+        await_that_the_main_thread_waits()
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        over.wait(PATIENCE_S)
+        return ""
+
+    def interrupt(line: str) -> None:
+        if line == WORKING:
+            press_ctrl_c()
+
+    monkeypatch.setattr("quire.launcher.server_process.ask_scheduler", press_again)
+    run = Run(ready=True, ends=False, says=WORKING)
+    asked = time.monotonic()
+    try:
+        run(crash_grace_s=NEVER_S, exit_timeout_s=SERVER_EXIT_TIMEOUT_S + PATIENCE_S, see=interrupt)
+    finally:
+        over.set()
+    assert run.reports[-2:] == [KILLING, "stopped"]
     assert time.monotonic() - asked < PATIENCE_S
