@@ -174,11 +174,12 @@ def test_ctrl_c_is_heard_while_a_server_that_crashed_has_time_to_end() -> None:
     assert run.reports[-2:] == [DRAINING, STOPPING]
 
 
+@pytest.mark.parametrize("ends", [False, True], ids=["blocks", "ends"])
 @pytest.mark.parametrize("stage", [DRAINING, STOPPING])
-def test_a_server_that_crashes_and_blocks_as_it_stops_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, stage: str
+def test_a_server_that_crashes_as_it_stops_has_crashed_and_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, stage: str, ends: bool
 ) -> None:
-    """The server's crash is read when that stage has begun."""
+    """Its crash is read when that stage has begun, whether it then ends by itself or blocks."""
     begun, over = threading.Event(), threading.Event()
 
     def ask(*_: object, **__: object) -> str:
@@ -194,9 +195,9 @@ def test_a_server_that_crashes_and_blocks_as_it_stops_is_not_waited_for(
     monkeypatch.setattr("quire.launcher.server_process.ask_scheduler", ask)
     asked = time.monotonic()
     try:
-        with pytest.raises(QuireError, match=NOT_ENDED):
-            Run(ready=True, ends=False)(
-                crash_grace_s=0,
+        with pytest.raises(QuireError, match=r"crashed \(signal 6\)$" if ends else NOT_ENDED):
+            Run(ready=True, ends=ends)(
+                crash_grace_s=NEVER_S if ends else 0,
                 exit_timeout_s=SERVER_EXIT_TIMEOUT_S + PATIENCE_S,
                 see=interrupt,
                 hear=lambda report: begun.set() if report == stage else None,

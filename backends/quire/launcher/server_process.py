@@ -152,7 +152,8 @@ class ServerProcess:
             self._events.put(_Event.CRASHED)
 
     def _crash_message(self) -> str:
-        return f"the server crashed (signal {self._crash_signal}) and did not end by itself"
+        blocked = "" if self._exited.is_set() else " and did not end by itself"
+        return f"the server crashed (signal {self._crash_signal}){blocked}"
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], rendezvous: Rendezvous) -> bool:
         """Whether the server got ready; False where a signal came first."""
@@ -206,7 +207,9 @@ class ServerProcess:
         self._log.shut()
         process.terminate()
         self._wait_for(_Event.EXITED, deadline)
-        if self._crash_signal is not None and not self._exited.is_set():
+        if self._exited.is_set():
+            self._log.wait_for_end(LOG_TIMEOUT_S)
+        if self._crash_signal is not None:
             raise _failure(rendezvous, self._crash_message())
 
     def _wait_for_end(self, rendezvous: Rendezvous) -> _Event:
