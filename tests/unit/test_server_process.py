@@ -179,8 +179,9 @@ def test_ctrl_c_is_heard_while_a_server_that_crashed_has_time_to_end() -> None:
 def test_a_server_that_crashes_as_it_stops_has_crashed_and_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, stage: str, ends: bool
 ) -> None:
-    """Its crash is read when that stage has begun, whether it then ends by itself or blocks."""
+    """Its crash is read when that stage has begun, whether it then ends or blocks."""
     begun, over = threading.Event(), threading.Event()
+    pids: list[int] = []
 
     def ask(*_: object, **__: object) -> str:
         if stage == DRAINING:
@@ -188,15 +189,19 @@ def test_a_server_that_crashes_as_it_stops_has_crashed_and_is_not_waited_for(
         return ""
 
     def interrupt(line: str) -> None:
+        if line.isdecimal():
+            pids.append(int(line))
         if line == CRASH:
             press_ctrl_c()
             assert begun.wait(PATIENCE_S)
+            if ends:
+                os.kill(pids[0], signal.SIGKILL)
 
     monkeypatch.setattr("quire.launcher.server_process.ask_scheduler", ask)
     asked = time.monotonic()
     try:
         with pytest.raises(QuireError, match=r"crashed \(signal 6\)$" if ends else NOT_ENDED):
-            Run(ready=True, ends=ends)(
+            Run(ready=True, ends=False)(
                 crash_grace_s=NEVER_S if ends else 0,
                 exit_timeout_s=SERVER_EXIT_TIMEOUT_S + PATIENCE_S,
                 see=interrupt,
