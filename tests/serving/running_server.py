@@ -174,16 +174,15 @@ def bare_server(repository: Path, *flags: str, triton_flags: str = "") -> Iterat
     with Ports.reserved() as ports:
         line = printed_command(repository, *ports.flags, *flags).strip()
         server = RunningServer.start(["sh", "-c", f"exec {line} {triton_flags}"], ports)
+        tree: list[int] = []
+        shared_memory: set[Path] = set()
         try:
             server.wait_for_line("Started HTTPService")
             tree, shared_memory = server.tree(), server.shared_memory()
-            try:
-                yield server
-            finally:
-                end(server)
-                clear_away(tree, shared_memory)
+            yield server
         finally:
             end(server)
+            clear_away(tree, shared_memory)
 
 
 def printed_command(repository: Path, *flags: str) -> str:

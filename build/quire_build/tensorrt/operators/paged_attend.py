@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from quire.execution.engine_state import COUNTERS_BYTE, POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, pool_type, power_of_two
+from quire_build.tensorrt.operators.pool_layer import PoolLayer
 
 PROGRAMS_WANTED = 264
 """Few tiles are split until about this many programs run: two on each of a Hopper GPU's 132 SMs."""
@@ -33,7 +34,7 @@ MAX_REGISTERS = 128
 
 
 @dataclass(frozen=True)
-class PagedAttend:
+class PagedAttend(PoolLayer):
     """Attend to the paged context, the step's own tokens included, which are there already.
 
     Inputs: query [T, num_heads, head_dim]; block_tables int32 [S, B]; query_start_loc int32 [S + 1]; seq_lens
@@ -43,16 +44,6 @@ class PagedAttend:
     ``window`` is 0 or how many positions a query sees.
     """
 
-    layer: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    max_blocks: int
-    num_pools: int
-    blocks_per_pool: int
-    kv_element_bytes: int
     window: int
     scale: float
 
@@ -149,7 +140,7 @@ class PagedAttend:
                 "NUM_KV_HEADS": self.num_kv_heads,
                 "GROUP": self._group,
                 "BLOCK_SIZE": self.block_size,
-                "BLOCK_ELEMENTS": self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim,
+                "BLOCK_ELEMENTS": self.block_elements,
                 "MAX_BLOCKS": self.max_blocks,
                 "NUM_POOLS": self.num_pools,
                 "BLOCKS_PER_POOL": self.blocks_per_pool,

@@ -10,22 +10,13 @@ from torch import Tensor
 from quire.execution.engine_state import POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.kv_write import Heads
 from quire_build.tensorrt.operators.launch import pool_type
+from quire_build.tensorrt.operators.pool_layer import PoolLayer
 
 
 @dataclass(frozen=True)
-class WritesKv:
-    """One layer's heads, and its place in the pool."""
+class WritesKv(PoolLayer):
+    """A `PoolLayer`, and the table that its heads are rotated by."""
 
-    layer: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    max_blocks: int
-    num_pools: int
-    blocks_per_pool: int
-    kv_element_bytes: int
     max_positions: int
 
     @property
@@ -42,7 +33,7 @@ class WritesKv:
             head_dim=self.head_dim,
             max_positions=self.max_positions,
             block_size=self.block_size,
-            block_elements=self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim,
+            block_elements=self.block_elements,
             max_blocks=self.max_blocks,
             num_pools=self.num_pools,
             blocks_per_pool=self.blocks_per_pool,
