@@ -54,8 +54,9 @@ TILES = (
 TMA_TILES = (
     LinearTile(splits=1, block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3, tma=True),
     LinearTile(splits=1, block_m=32, block_n=64, block_k=64, num_warps=4, num_stages=3, tma=True),
+    LinearTile(splits=1, block_m=16, block_n=96, block_k=32, num_warps=4, num_stages=3, tma=True),
 )
-"""So small that programs have many; no layer below is a multiple of the second."""
+"""So small that programs have many; no layer below is a multiple of the second; two widths in the third."""
 OF_16_ROWS = pytest.mark.parametrize("tile", [TILES[0], TMA_TILES[0]], ids=["", "tma"])
 
 
@@ -488,7 +489,8 @@ for arch, layer, tactic in cases[int(sys.argv[1]) :: int(sys.argv[2])]:
     print(arch, layer.n, tile, compiled.shared_bytes, compiled.language_scratch_bytes, flush=True)
     if arch == 90:
         shape = tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
-        barriers = 8 * tile.num_stages if tile.tma else 0
+        # What is moved at two widths has a barrier for each, and the second's start at a multiple of 16.
+        barriers = (8 * tile.num_stages + (8 * tile.num_stages + 8) * bool(tile.more_n)) * tile.tma
         assert compiled.shared_bytes <= tile_bytes(shape, bool(layer.gated), layer.operands) + barriers
     assert ".version 8.7" in compiled.ptx and f".target sm_{arch}" in compiled.ptx
     assert compiled.language_scratch_bytes == launch.language_scratch_bytes

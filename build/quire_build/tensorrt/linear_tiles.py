@@ -29,7 +29,8 @@ class LinearTile:
     Attributes:
         splits: parts of k while the rows fit one tile; with r tiles of rows, splits // r, but at least 1.
         block_m: rows of a tile.
-        block_n: columns of a tile, a multiple of SQUARES_WIDTH unless the layer is gated.
+        block_n: columns of a tile, a multiple of SQUARES_WIDTH unless the layer is gated; a power of two, or
+            the sum of two where ``tma``.
         block_k: how much of k is multiplied at once.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline over k.
@@ -43,6 +44,11 @@ class LinearTile:
     num_warps: int
     num_stages: int
     tma: bool = False
+
+    @property
+    def more_n(self) -> int:
+        """Columns beyond the largest power of two in `block_n`."""
+        return self.block_n - (1 << self.block_n.bit_length() - 1)
 
 
 Operands = Literal["wide", "widened", "int8", "fp8"]
@@ -155,12 +161,14 @@ DEEP_FP8_GATED: tuple[Shape, ...] = (
 operands of a matrix instruction come from there, and it takes that many stages for memory to keep up."""
 
 TMA_PLAIN: tuple[Shape, ...] = (
+    (64, 192, 64, 4, 6),
     (128, 64, 128, 8, 4),
     (128, 128, 64, 8, 5),
+    (128, 192, 64, 8, 5),
     (128, 256, 64, 8, 4),
     (256, 128, 64, 8, 4),
 )
-TMA_GATED: tuple[Shape, ...] = ((128, 64, 64, 8, 5), (128, 128, 64, 8, 4))
+TMA_GATED: tuple[Shape, ...] = ((128, 64, 64, 8, 5), (128, 96, 64, 8, 5), (128, 128, 64, 8, 4))
 TMA_NARROW_PLAIN: tuple[Shape, ...] = (
     (128, 64, 256, 8, 4),
     (128, 128, 128, 8, 5),

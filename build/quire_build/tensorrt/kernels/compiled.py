@@ -102,6 +102,7 @@ def _compile(
         "num_warps": num_warps,
         "num_stages": num_stages,
         "maxnreg": max_registers,
+        "enable_fp_fusion": True,
     }
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     metadata = built.metadata

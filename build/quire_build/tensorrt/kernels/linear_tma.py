@@ -27,11 +27,60 @@ from quire_build.tensorrt.kernels.step_size import used
 ROW_TILES_PER_GROUP = tl.constexpr(4)
 """Row tiles that go through the columns together. Where it divides PROGRAMS, a program keeps its rows."""
 LARGEST_EPILOGUE = tl.constexpr(128 * 128)
-"""Elements of a result that a program has registers for; a larger tile is finished by halves.
+"""Elements of a result that a program has registers for; a larger tile is finished in two parts.
 
 Where the columns are heads, whose cosines and sines want registers as well, the largest tiles spill a few
 bytes.
 """
+
+
+@triton.jit
+def _finish(
+    tile,
+    scale,
+    beside,
+    row,
+    first_column,
+    num_rows,
+    residual,
+    next_norm,
+    bias,
+    scales,
+    x_scales,
+    to_pool,
+    out,
+    normed,
+    out_squares,
+    N: tl.constexpr,
+    NORMED: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    NARROW_ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    IS_READ: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`finish` a product as it leaves the matrix unit: the up projection's columns right of the gate's.
+
+    What is read beside it is ``beside`` where it IS_READ.
+    """
+    if not IS_READ:
+        beside = read_beside(
+            row, first_column, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, BLOCK_N
+        )
+    if NARROW_ROWS:
+        of_tile = tl.arange(0, tile.shape[1])
+        n = first_column + of_tile % BLOCK_N
+        tile = scaled(tile, x_scales, row, num_rows, scales + of_tile // BLOCK_N * N + n, n < N)
+    up = tile
+    if GATED:
+        tile, up = halves(tile)
+    finish(
+        tile, up, scale, beside, row, first_column, num_rows, bias, to_pool, out, normed, out_squares, N,
+        NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "layer"])
@@ -70,6 +119,7 @@ def linear_tma(
     PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MORE_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Compute every PROGRAMS-th tile of ``out``.
@@ -81,20 +131,26 @@ def linear_tma(
             bits when NARROW_ROWS and only then.
         partial: not used, but the outputs of the operator are passed in order.
         PROGRAMS: as many as there are multiprocessors.
-        BLOCK_N: half of it is a multiple of SQUARES_WIDTH when RESIDUAL.
+        BLOCK_N, MORE_N: columns of a tile together, each a power of two; MORE_N may be 0. When RESIDUAL,
+            the parts that a tile is finished in are multiples of SQUARES_WIDTH.
     """
-    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    WIDTH: tl.constexpr = BLOCK_N + MORE_N
+    COLUMNS: tl.constexpr = (N + WIDTH - 1) // WIDTH
     # The up projection's rows come behind the gate's, in one product with them.
-    PARTS: tl.constexpr = 2 if GATED else 1
-    WIDTH: tl.constexpr = PARTS * BLOCK_N
+    MATRICES: tl.constexpr = 2 if GATED else 1
     EXACT: tl.constexpr = NARROW_ROWS and not WEIGHT_FLOAT
-    BY_HALVES: tl.constexpr = BLOCK_M * BLOCK_N > LARGEST_EPILOGUE
+    WHOLE: tl.constexpr = MORE_N == 0 and (GATED or BLOCK_M * BLOCK_N <= LARGEST_EPILOGUE)
+    LEFT_N: tl.constexpr = BLOCK_N if WHOLE or MORE_N else BLOCK_N // 2
     if NARROW_ROWS:
         narrow: tl.constexpr = tl.float8e4nv if WEIGHT_FLOAT else tl.int8
         weight = weight.to(tl.pointer_type(narrow), bitcast=True)
         x = narrow_x.to(tl.pointer_type(narrow), bitcast=True)
     x_tiles = tl.make_tensor_descriptor(x, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
-    w_tiles = tl.make_tensor_descriptor(weight, [PARTS, N, K], [N * K, K, 1], [PARTS, BLOCK_N, BLOCK_K])
+    w_tiles = tl.make_tensor_descriptor(weight, [MATRICES, N, K], [N * K, K, 1], [MATRICES, BLOCK_N, BLOCK_K])
+    if MORE_N:
+        more_tiles = tl.make_tensor_descriptor(
+            weight, [MATRICES, N, K], [N * K, K, 1], [MATRICES, MORE_N, BLOCK_K]
+        )
     to_pool = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
     row_tiles = tl.cdiv(used(engine_state, COUNTED, num_rows), BLOCK_M)
 
@@ -105,51 +161,44 @@ def linear_tma(
         place_in_group = tile - first_of_group * COLUMNS
         group = min(row_tiles - first_of_group, ROW_TILES_PER_GROUP)
         row_tile = first_of_group + place_in_group % group
-        first_column = place_in_group // group * BLOCK_N
+        first_column = place_in_group // group * WIDTH
         row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         if NORMED:
             if row_tile != known:
                 scale = row_scale(squares, row, num_rows, K, EPSILON)
                 known = row_tile
         beside = (row,)
-        if not BY_HALVES:
+        if WHOLE:
             # On its way while the product is computed.
             beside = read_beside(
                 row, first_column, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, BLOCK_N
             )
 
-        acc = tl.zeros([BLOCK_M, WIDTH], tl.int32 if EXACT else tl.float32)
+        acc = tl.zeros([BLOCK_M, MATRICES * BLOCK_N], tl.int32 if EXACT else tl.float32)
+        if MORE_N:
+            more = tl.zeros([BLOCK_M, MATRICES * MORE_N], tl.int32 if EXACT else tl.float32)
         for start in range(0, K, BLOCK_K):
             a = x_tiles.load([row_tile * BLOCK_M, start])
-            w = w_tiles.load([0, first_column, start]).reshape(WIDTH, BLOCK_K)
+            w = w_tiles.load([0, first_column, start]).reshape(MATRICES * BLOCK_N, BLOCK_K)
             acc = multiplied(a, w, acc, EXACT, NARROW_ROWS)
-        if NARROW_ROWS:
-            of_tile = tl.arange(0, WIDTH)
-            w_n = first_column + of_tile % BLOCK_N
-            acc = scaled(acc, x_scales, row, num_rows, scales + of_tile // BLOCK_N * N + w_n, w_n < N)
+            if MORE_N:
+                w = more_tiles.load([0, first_column + BLOCK_N, start]).reshape(MATRICES * MORE_N, BLOCK_K)
+                more = multiplied(a, w, more, EXACT, NARROW_ROWS)
 
-        if BY_HALVES and not GATED:
-            HALF: tl.constexpr = BLOCK_N // 2
-            left, right = halves(acc)
-            beside = read_beside(
-                row, first_column, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, HALF
-            )
-            finish(
-                left, left, scale, beside, row, first_column, num_rows, bias, to_pool, out, normed,
-                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, HALF,
-            )  # fmt: skip
-            beside = read_beside(
-                row, first_column + HALF, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, HALF
-            )
-            finish(
-                right, right, scale, beside, row, first_column + HALF, num_rows, bias, to_pool, out, normed,
-                out_squares, N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, HALF,
-            )  # fmt: skip
-        else:
-            up = acc
-            if GATED:
-                acc, up = halves(acc)
-            finish(
-                acc, up, scale, beside, row, first_column, num_rows, bias, to_pool, out, normed, out_squares,
-                N, NORMED, GATED, RESIDUAL, BIAS, HEADS, BLOCK_M, BLOCK_N,
+        left = acc
+        if not WHOLE:
+            if MORE_N:
+                right = more
+            else:
+                left, right = halves(acc)
+        _finish(
+            left, scale, beside, row, first_column, num_rows, residual, next_norm, bias, scales, x_scales,
+            to_pool, out, normed, out_squares, N, NORMED, GATED, RESIDUAL, BIAS, NARROW_ROWS, HEADS, WHOLE,
+            BLOCK_M, LEFT_N,
+        )  # fmt: skip
+        if not WHOLE:
+            _finish(
+                right, scale, beside, row, first_column + LEFT_N, num_rows, residual, next_norm, bias, scales,
+                x_scales, to_pool, out, normed, out_squares, N, NORMED, GATED, RESIDUAL, BIAS, NARROW_ROWS,
+                HEADS, WHOLE, BLOCK_M, WIDTH - LEFT_N,
             )  # fmt: skip

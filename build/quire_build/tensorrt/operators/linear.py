@@ -13,8 +13,8 @@ from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
 from quire_build.tensorrt.linear_tiles import LinearTile, Operands
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape
 
-DESCRIPTOR_BYTES = 2 * 128
-"""What a program of `linear_tma` describes its two operands with."""
+DESCRIPTOR_BYTES = 128
+"""What a program of `linear_tma` describes one tensor to the tensor memory accelerator with."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Linear:
             (tile.splits * tile.block_m for tile in self.tiles if tile.splits > 1), default=0
         )
         scratch = max(1, rows_of_scratch * self.n * (1 + self.gated))
-        descriptors = self.multiprocessors * DESCRIPTOR_BYTES // 4 if any(t.tma for t in self.tiles) else 1
+        descriptors = max(1, self.multiprocessors * max(map(_descriptor_bytes, self.tiles)) // 4)
         return (
             ((rows, self.n), "fp32" if self.wide_output else MODEL),
             ((rows, width), MODEL),
@@ -142,7 +142,7 @@ class Linear:
             "NARROW_ROWS": bool(self.narrow_rows),
             "COUNTED": (ROWS if self.wide_output else TOKENS).value,
             "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
+            "BLOCK_N": tile.block_n - tile.more_n,
             "BLOCK_K": tile.block_k,
             **dict.fromkeys(("cos_sin", "positions", "slot_mapping", "kv_cache", "layer", "HEADS")),
         }
@@ -151,13 +151,13 @@ class Linear:
             return Launch(
                 kernel=linear_tma,
                 types=types,
-                constants=constants | {"PROGRAMS": self.multiprocessors},
+                constants=constants | {"PROGRAMS": self.multiprocessors, "MORE_N": tile.more_n},
                 grid=(self.multiprocessors,),
                 integers=(rows,),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 max_shared_bytes=self.shared_bytes,
-                language_scratch_bytes=DESCRIPTOR_BYTES,
+                language_scratch_bytes=_descriptor_bytes(tile),
             )
         row_tiles = arithmetic.ceil_div(rows, tile.block_m)
         splits = arithmetic.larger(arithmetic.constant(tile.splits) // row_tiles, 1)
@@ -171,3 +171,8 @@ class Linear:
             num_stages=tile.num_stages,
             max_shared_bytes=self.shared_bytes,
         )
+
+
+def _descriptor_bytes(tile: LinearTile) -> int:
+    """Memory that a program describes its operands in: the weight once for each width of what is moved."""
+    return (2 + bool(tile.more_n)) * DESCRIPTOR_BYTES if tile.tma else 0
