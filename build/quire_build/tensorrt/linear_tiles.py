@@ -161,8 +161,6 @@ DEEP_FP8_GATED: tuple[Shape, ...] = (
 operands of a matrix instruction come from there, and it takes that many stages for memory to keep up."""
 
 TMA_PLAIN: tuple[Shape, ...] = (
-    (64, 64, 128, 4, 6),
-    (64, 128, 128, 4, 4),
     (64, 192, 64, 4, 6),
     (128, 64, 128, 8, 4),
     (128, 128, 64, 8, 5),

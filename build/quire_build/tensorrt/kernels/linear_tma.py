@@ -22,7 +22,7 @@ from quire_build.tensorrt.kernels.linear import (
     row_scale,
     scaled,
 )
-from quire_build.tensorrt.kernels.step_size import ROWS, used
+from quire_build.tensorrt.kernels.step_size import used
 
 ROW_TILES_PER_GROUP = tl.constexpr(4)
 """Row tiles that go through the columns together. Where it divides PROGRAMS, a program keeps its rows."""
@@ -124,9 +124,6 @@ def linear_tma(
 ):
     """Compute every PROGRAMS-th tile of ``out``.
 
-    Tiles of padding are left alone where they are many. A step of few tiles of rows is too close to its size
-    for one to be padding, and does not wait for its number of tokens.
-
     Grid: (PROGRAMS,). Parameters and constants are those of `linear`, but for these:
 
     Args:
@@ -155,10 +152,7 @@ def linear_tma(
             weight, [MATRICES, N, K], [N * K, K, 1], [MATRICES, MORE_N, BLOCK_K]
         )
     to_pool = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
-    rows = num_rows
-    if (num_rows > ROW_TILES_PER_GROUP * BLOCK_M) | (COUNTED == ROWS):
-        rows = used(engine_state, COUNTED, num_rows)
-    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row_tiles = tl.cdiv(used(engine_state, COUNTED, num_rows), BLOCK_M)
 
     known = -1
     scale = tl.zeros([BLOCK_M], tl.float32)
