@@ -2,10 +2,11 @@
 
     PYTHONPATH=build:backends python tests/benchmarks/gpu_kernels.py --seconds 300 --output OUT.json
 
-First one mixed step against float32 torch. Then decode steps, as KV bytes read over time beside the copy
-bandwidth of the same process, and prefill chunks, with the operator's own settings; then, in the time that is
-left, both with other settings. bfloat16, over pools of bfloat16 and of e4m3, shapes of Llama-3-8B and
-Llama-2-7B. One graph runs enough launches, each over blocks of its own, that no cache helps.
+First one mixed step, and what norms, rotates and stores heads, against float32 torch. Then decode steps, as
+KV bytes read over time beside the copy bandwidth of the same process, and prefill chunks, with the operator's
+own settings; then, in the time that is left, both with other settings. bfloat16, over pools of bfloat16 and
+of e4m3, shapes of Llama-3-8B and Llama-2-7B. One graph runs enough launches, each over blocks of its own,
+that no cache helps.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -24,10 +25,13 @@ import torch
 from gpu_timing import Results, graph_time_ms
 from torch import Tensor
 
-from quire.execution.engine_state import engine_state_elements
+from quire.execution.engine_state import STEP_MARK, STEP_SIZE_BYTE, engine_state_elements
+from quire_build.decoder_config import RopeConfig
 from quire_build.paged_attention import paged_attention_in_place
+from quire_build.rope import cosine_and_sine
 from quire_build.tensorrt.operators import (
     MODEL,
+    KvWrite,
     Launch,
     Operator,
     PagedAttend,
@@ -123,21 +127,24 @@ class Pool:
 
 def attend_operator(heads: int, pool: Tensor, layer: int) -> PagedAttend:
     """Attention of one layer over a pool in one part."""
+    return PagedAttend(**layout(heads, pool, layer), window=0, scale=SCALE)
+
+
+def layout(heads: int, pool: Tensor, layer: int) -> dict[str, int]:
+    """What an operator knows of a layer and its place in the pool."""
     blocks, layers, _, kv_heads, _, _ = pool.shape
-    return PagedAttend(
-        layer=layer,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=HEAD_DIM,
-        block_size=BLOCK_SIZE,
-        max_blocks=blocks,
-        num_pools=1,
-        blocks_per_pool=blocks,
-        kv_element_bytes=pool.element_size(),
-        window=0,
-        scale=SCALE,
-    )
+    return {
+        "layer": layer,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": HEAD_DIM,
+        "block_size": BLOCK_SIZE,
+        "max_blocks": blocks,
+        "num_pools": 1,
+        "blocks_per_pool": blocks,
+        "kv_element_bytes": pool.element_size(),
+    }
 
 
 def prepare(
@@ -261,6 +268,42 @@ def check(results: Results, pool: Pool) -> None:
         )
 
 
+def check_normed_heads(results: Results, pool: Pool) -> None:
+    """The kernel that norms heads, rotates them and writes to the pool, against float32 torch."""
+    heads, kv_heads, tokens, positions, epsilon = 32, 8, 300, 4_000, 1e-6
+    cache = pool.view(kv_heads, 2)
+    write = KvWrite(**layout(heads, cache, 1), max_positions=positions, epsilon=epsilon)
+    qkv = torch.randn(tokens, write.width, device="cuda").to(torch.bfloat16)
+    norms = torch.randn(2, HEAD_DIM, device="cuda").to(torch.bfloat16)
+    rope = RopeConfig(theta=1e4)
+    cos, sin = (table.cuda() for table in cosine_and_sine(rope, HEAD_DIM, positions))
+    place = torch.randint(positions, (tokens,), device="cuda").int()
+    blocks = torch.randperm(cache.shape[0] - 1, device="cuda")[: -(-tokens // BLOCK_SIZE)] + 1
+    token = torch.arange(tokens, device="cuda")
+    slots = (blocks[token // BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE).int()
+    state = new_state(cache.shape[0])
+    state[STEP_SIZE_BYTE // 8] = STEP_MARK << 32 | tokens
+    run, outputs = prepare(write, [qkv, norms, torch.cat([cos, sin], 1), place, slots, cache, state], {})
+    run()
+
+    query, key, value = qkv.float().view(tokens, -1, HEAD_DIM).split([heads, kv_heads, kv_heads], 1)
+    expected = {"value": value}
+    for name, states, gain in (("query", query, norms[0]), ("key", key, norms[1])):
+        normed = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon) * gain.float()
+        low, high = normed.view(tokens, -1, HEAD_DIM // 2, 2).unbind(-1)
+        c, s = cos[place.long(), None], sin[place.long(), None]
+        expected[name] = torch.stack([low * c - high * s, high * c + low * s], -1).flatten(2)
+    stored = cache[slots.long() // BLOCK_SIZE, 1, :, :, slots.long() % BLOCK_SIZE].float()
+    got = {"query": outputs[0].float(), "key": stored[:, 0], "value": stored[:, 1]}
+    results.add(
+        check="normed heads",
+        kv=str(cache.dtype),
+        relative_errors={
+            name: float((got[name] - states).norm() / states.norm()) for name, states in expected.items()
+        },
+    )
+
+
 def cases() -> list[tuple[str, str, Step]]:
     """Model, name and step, the most interesting first."""
     found = []
@@ -325,5 +368,6 @@ if __name__ == "__main__":
         whole.fill(element)
         if {} in every:
             check(collected, whole)
+            check_normed_heads(collected, whole)
         for chosen in every:
             measure(collected, whole, chosen, end)
