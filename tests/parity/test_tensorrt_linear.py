@@ -337,6 +337,7 @@ def test_tiles_are_as_deep_as_the_shared_memory_allows(gated: bool, operands: Op
             shape = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages)
             wanted.append(tile_bytes(shape, gated, operands))
             rows.append((tile.tma, tile.block_m))
+            assert tile.more_n == 0 or (tile.tma and tile.more_n.bit_count() == 1)
         assert max(wanted) <= shared_bytes
         assert rows == sorted(rows)
         return max(wanted)
