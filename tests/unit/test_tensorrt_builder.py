@@ -19,6 +19,7 @@ from quire_build.tensorrt import builder
 from quire_build.tensorrt.hosted_memory import activation_bytes, host_reserve_bytes
 from quire_build.tensorrt.machine import Gpu
 from quire_build.tensorrt.operators import PagedAttend, Sample
+from quire_build.tensorrt.plan import keep_timing_cache
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
 ELEMENT_BYTES = {"fp32": 4, "i32": 4}
@@ -119,3 +120,26 @@ def test_what_was_measured_is_kept_apart_by_kind_of_plan_and_version_of_the_kern
     (tmp_path / "kernels" / "linear.py").write_text("other tiles")
     monkeypatch.setattr(builder, "__file__", str(tmp_path / "builder.py"))
     assert not names() & before
+
+
+def test_what_was_measured_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path, said = tmp_path / "cache" / "quire" / "timing", list[str]()
+    for data in (b"first", b"second"):
+        keep_timing_cache(path, data, said.append)
+        assert [file.name for file in path.parent.iterdir()] == ["timing"]
+        assert path.read_bytes() == data
+    assert said == []
+
+
+def test_a_plan_is_not_lost_where_what_was_measured_cannot_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, no folder")
+    said: list[str] = []
+    keep_timing_cache(tmp_path / "cache" / "timing", b"data", said.append)
+    (sentence,) = said
+    assert str(tmp_path / "cache") in sentence and "XDG_CACHE_HOME" in sentence
+
+    path = tmp_path / "taken"
+    path.mkdir()
+    keep_timing_cache(path, b"data", said.append)
+    assert len(said) == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"cache", "taken"}, "a draft was left behind"

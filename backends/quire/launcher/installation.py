@@ -23,8 +23,9 @@ from pathlib import Path
 import quire
 from quire.errors import StartupError
 from quire.interface import BACKEND
-from quire.launcher.plain_paths import plain_path, user_cache
+from quire.launcher.plain_paths import plain_path
 from quire.serving.watchdog import STUB_NAME
+from quire.user_cache import user_cache
 
 CONTAINER_ROOT = Path("/opt/tritonserver")
 """Where NVIDIA's images keep the server."""

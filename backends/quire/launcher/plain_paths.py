@@ -20,6 +20,7 @@ import uuid
 from pathlib import Path
 
 from quire.errors import StartupError
+from quire.user_cache import user_cache
 
 _PLAIN_CHARACTERS = "A-Za-z0-9_@%+=:,./-"
 """What a shell leaves as it is in every place, `shlex` says."""
@@ -44,12 +45,6 @@ def plain_path(path: Path) -> Path:
             f"start, and a link to it with a plain path cannot be made ({error}); use a path of a-z, A-Z, "
             "0-9 and any of _ @ % + = : , . / - alone, or set XDG_CACHE_HOME to a folder with such a path"
         ) from error
-
-
-def user_cache() -> Path:
-    """Quire's part of the user's cache; nobody has made it yet, perhaps."""
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    return (Path(chosen) if chosen else Path.home() / ".cache").absolute() / "quire"
 
 
 def _first_special(path: Path) -> str | None:

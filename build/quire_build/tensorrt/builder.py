@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from quire.execution.executor import Executor
 from quire.execution.manifest import KvCacheDtype, Manifest, PlanDetails, Precision, Runtime
 from quire.execution.tensorrt.library import tensorrt_module
 from quire.interface import PLAN_FILE, PLAN_INPUTS, PLAN_OUTPUTS, POOL_INPUT_PREFIX, EnginePlacement
+from quire.user_cache import user_cache
 from quire_build.checkpoint import Checkpoint, checkpoint_weights
 from quire_build.engine_builder import KV_ELEMENT_BYTES, BuiltEngine, EngineOptions, Progress
 from quire_build.tensorrt.machine import this_gpu
@@ -81,7 +81,7 @@ class TensorRTBuilder:
                 options, config, weight_bytes(graph, MODEL_ELEMENT_BYTES, quantization)
             ),
             quantization=quantization,
-            timing_cache=_cache_directory() / timing_cache_file(options.precision, options.placement),
+            timing_cache=user_cache() / timing_cache_file(options.precision, options.placement),
         )
         weight = checkpoint_weights(source, limits.max_model_len)
         plan = build_plan(graph, weight, plan_options, progress)
@@ -164,11 +164,3 @@ def timing_cache_file(precision: Precision, placement: EnginePlacement) -> str:
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     return f"{TIMING_CACHE_FILE}.{precision}.{placement.value}.{digest}"
-
-
-def _cache_directory() -> Path:
-    """Where timing caches are kept between builds."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "quire"
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory

@@ -2,7 +2,7 @@
 
 A tile is right for every number of rows; the range that it is meant for is the one where it is fast. What is
 chosen here was measured on an H100 with `tests/benchmarks/gpu_linear.py`, what the accelerator moves on an
-H200; tiles of eight bits on both sides were chosen by how they compile.
+H200 and an H100; tiles of eight bits on both sides were chosen by how they compile.
 """
 
 from __future__ import annotations

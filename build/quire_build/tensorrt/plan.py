@@ -7,7 +7,9 @@ What a step may look like, in optimization profiles, and how large the pool may 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +57,8 @@ class PlanOptions:
         pool_bytes: size of the pool if whoever binds the inputs gives them their largest shape, as Triton's
             backend does; 0 if the pool is bound by its address, whatever its size.
         quantization: of linear layers; None for none.
-        timing_cache: file in which TensorRT keeps what it measured, read if there and written afterwards.
+        timing_cache: file in which TensorRT keeps what it measured, read if there and written afterwards if
+            that can be done.
     """
 
     dtype: torch.dtype
@@ -186,7 +189,7 @@ def build_plan(
     if data is None:
         raise BuildError(f"TensorRT cannot build the plan: {logger.last_error}")
     if options.timing_cache is not None:
-        options.timing_cache.write_bytes(bytes(cache.serialize()))
+        keep_timing_cache(options.timing_cache, bytes(cache.serialize()), progress)
     details = PlanDetails(
         max_blocks=pool.max_blocks,
         num_pools=pool.num_pools,
@@ -265,10 +268,26 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
     """A timing cache with what the file holds, if it can be used here."""
     known = path.read_bytes() if path is not None and path.is_file() else b""
     cache = config.create_timing_cache(known)
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
+
+
+def keep_timing_cache(path: Path, data: bytes, progress: Progress) -> None:
+    """Put what TensorRT measured into a file, whole or not at all; the plan is not lost where that fails."""
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(data)
+        draft.replace(path)
+    except OSError as error:
+        progress(
+            f"what TensorRT measured cannot be kept in {path.parent} ({error.strerror}), so the next build "
+            "measures again; set XDG_CACHE_HOME to a folder that you may write to"
+        )
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _progress_monitor(trt: Any, progress: Progress) -> Any:
