@@ -266,7 +266,10 @@ def step_shapes(
 
 def _timing_cache(config: Any, path: Path | None) -> Any:
     """A timing cache with what the file holds, if it can be used here."""
-    known = path.read_bytes() if path is not None and path.is_file() else b""
+    known = b""
+    if path is not None:
+        with contextlib.suppress(OSError):
+            known = path.read_bytes()
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")
