@@ -164,8 +164,8 @@ def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, eigh
 @pytest.mark.parametrize("eight_bits", ["", *NARROW[1:]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_accelerator_moves_tiles_of_many_rows(kind: str, eight_bits: str) -> None:
-    """Several to a program; the last column cuts what is finished whole and what is finished by halves."""
-    layer = Linear(k=160, n=288, **(PLAIN | KINDS[kind] | EIGHT_BITS[eight_bits]))
+    """Several to a program; the last column cuts what is finished whole and what is finished in two parts."""
+    layer = Linear(k=160, n=352, **(PLAIN | KINDS[kind] | EIGHT_BITS[eight_bits]))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     own = replace(layer, shared_bytes=HOPPER_SHARED_BYTES).tiles
     moved = [tile for tile in own if tile.tma]
@@ -177,9 +177,9 @@ def test_the_accelerator_moves_tiles_of_many_rows(kind: str, eight_bits: str) ->
 @pytest.mark.parametrize("eight_bits", ["", *NARROW[1:]])
 @pytest.mark.parametrize(("kind", "multiprocessors"), list(zip(KINDS, (3, 4, 3), strict=True)))
 def test_programs_take_tiles_in_turn(multiprocessors: int, kind: str, eight_bits: str) -> None:
-    """Those of 16 rows are 2 to 38: a program has none, or others rows with each, or the same twice."""
+    """Those of 16 rows are 2 to 57: a program has none, or others rows with each, or the same twice."""
     own = {"multiprocessors": multiprocessors}
-    layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | EIGHT_BITS[eight_bits] | own))
+    layer = Linear(k=160, n=160, **(PLAIN | KINDS[kind] | EIGHT_BITS[eight_bits] | own))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     for tile, rows in itertools.product(TMA_TILES, (1, 17, 70, 300)):
         check(layer, rows, tile, state)
@@ -472,6 +472,8 @@ narrow_kv = replace(qkv, kv_element_bytes=1, weight_group=4096, weight_float=1, 
 # Few bytes are left there: shared memory that a conversion of layouts takes must be that of the operands.
 hosted = [replace(layer, shared_bytes=48 * 1024, num_pools=8) for layer in (qkv, narrow_kv)]
 cases += [(90, layer, layer.num_tactics - 1) for layer in hosted]
+for layer in (qkv, narrow_kv):
+    cases += [(90, layer, tactic) for tactic, tile in enumerate(layer.tiles) if tile.more_n]
 cases += [(90, qkv, 0), *((90, layer, tactic) for layer in (qkv, narrow_kv) for tactic in (2, -1))]
 """
 PTX_CASES = """

@@ -296,8 +296,11 @@ def test_write_and_attend_are_rope_and_paged_attention(name: str, dtype: torch.d
 
 @pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 70, 69]], ids=["few", "many"])
 @pytest.mark.parametrize("tactic", range(10))
-def test_every_tile_writes_and_passes_on_what_it_should(tactic: int, query_lens: list[int]) -> None:
-    model, hidden = Model(6, 2, 32, 8), 1040
+@pytest.mark.parametrize("heads", [(6, 2, 32), (3, 1, 80)], ids=["whole heads", "heads cut by tiles"])
+def test_every_tile_writes_and_passes_on_what_it_should(
+    heads: tuple[int, int, int], tactic: int, query_lens: list[int]
+) -> None:
+    model, hidden = Model(*heads, 8), 1040
     pool = CutPool(model, 48, 2, tactic)
     tiles = project_qkv(model, pool, 1, hidden).tiles
     assert len(tiles) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from quire_build.tensorrt import builder
 from quire_build.tensorrt.hosted_memory import activation_bytes, host_reserve_bytes
 from quire_build.tensorrt.machine import Gpu
 from quire_build.tensorrt.operators import PagedAttend, Sample
-from quire_build.tensorrt.plan import keep_timing_cache
+from quire_build.tensorrt.plan import keep_timing_cache, timing_cache
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
 ELEMENT_BYTES = {"fp32": 4, "i32": 4}
@@ -122,13 +123,24 @@ def test_what_was_measured_is_kept_apart_by_kind_of_plan_and_version_of_the_kern
     assert not names() & before
 
 
-def test_what_was_measured_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_what_was_measured_is_replaced_as_a_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, said = tmp_path / "cache" / "quire" / "timing", list[str]()
     for data in (b"first", b"second"):
         keep_timing_cache(path, data, said.append)
         assert [file.name for file in path.parent.iterdir()] == ["timing"]
         assert path.read_bytes() == data
     assert said == []
+
+    def write_half(file: Path, data: bytes) -> int:
+        with file.open("wb") as stream:
+            stream.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    keep_timing_cache(path, b"third", said.append)
+    assert path.read_bytes() == b"second", "a disk that is full took what there was"
+    assert [file.name for file in path.parent.iterdir()] == ["timing"], "a draft was left behind"
+    assert len(said) == 1 and "No space left" in said[0] and str(path.parent) in said[0]
 
 
 def test_a_plan_is_not_lost_where_what_was_measured_cannot_be_kept(tmp_path: Path) -> None:
@@ -143,3 +155,35 @@ def test_a_plan_is_not_lost_where_what_was_measured_cannot_be_kept(tmp_path: Pat
     keep_timing_cache(path, b"data", said.append)
     assert len(said) == 2
     assert {file.name for file in tmp_path.iterdir()} == {"cache", "taken"}, "a draft was left behind"
+
+
+class BuilderConfig:
+    """TensorRT's, as far as timing caches go: one made elsewhere is refused, and garbage is none at all."""
+
+    def __init__(self) -> None:
+        self.cache: bytes | None = None
+
+    def create_timing_cache(self, data: bytes) -> bytes | None:
+        return None if data == b"garbage" else data
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        if cache == b"another GPU's" and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+
+@pytest.mark.parametrize(
+    ("kept", "used"), [(b"ours", b"ours"), (b"another GPU's", b""), (b"garbage", b""), (None, b"")]
+)
+def test_what_was_measured_is_used_where_it_can_be(kept: bytes | None, used: bytes, tmp_path: Path) -> None:
+    path, config = tmp_path / "timing", BuilderConfig()
+    if kept is not None:
+        path.write_bytes(kept)
+    assert timing_cache(config, path) == config.cache == used
+
+
+def test_a_file_that_cannot_be_read_holds_nothing_measured(tmp_path: Path) -> None:
+    for path in (tmp_path, None):
+        config = BuilderConfig()
+        assert timing_cache(config, path) == config.cache == b""

@@ -176,7 +176,7 @@ def build_plan(
     config.max_aux_streams = 0
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _progress_monitor(trt, progress)
-    cache = _timing_cache(config, options.timing_cache)
+    cache = timing_cache(config, options.timing_cache)
     ranges = profile_ranges(options.limits)
     for tokens in ranges:
         profile = builder.create_optimization_profile()
@@ -264,7 +264,7 @@ def step_shapes(
     return shapes
 
 
-def _timing_cache(config: Any, path: Path | None) -> Any:
+def timing_cache(config: Any, path: Path | None) -> Any:
     """A timing cache with what the file holds, if it can be used here."""
     known = b""
     if path is not None:
@@ -287,7 +287,7 @@ def keep_timing_cache(path: Path, data: bytes, progress: Progress) -> None:
     except OSError as error:
         progress(
             f"what TensorRT measured cannot be kept in {path.parent} ({error.strerror}), so the next build "
-            "measures again; set XDG_CACHE_HOME to a folder that you may write to"
+            "measures again; set XDG_CACHE_HOME to a folder that has room and may be written to"
         )
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)

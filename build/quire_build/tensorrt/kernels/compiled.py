@@ -102,7 +102,7 @@ def _compile(
         "num_warps": num_warps,
         "num_stages": num_stages,
         "maxnreg": max_registers,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": True,  # said here, because the language's default is about to change
     }
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     metadata = built.metadata

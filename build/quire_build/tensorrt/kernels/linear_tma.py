@@ -27,7 +27,8 @@ from quire_build.tensorrt.kernels.step_size import used
 ROW_TILES_PER_GROUP = tl.constexpr(4)
 """Row tiles that go through the columns together. Where it divides PROGRAMS, a program keeps its rows."""
 LARGEST_EPILOGUE = tl.constexpr(128 * 128)
-"""Elements of a result that a program has registers for; a larger tile is finished in two parts.
+"""Elements of a result that a program has registers for, with what is read beside them; a larger tile is
+finished in two parts, unless it is gated and reads nothing. So is a tile of two widths, whatever its size.
 
 Where the columns are heads, whose cosines and sines want registers as well, the largest tiles spill a few
 bytes.
@@ -35,7 +36,7 @@ bytes.
 
 
 @triton.jit
-def _finish(
+def _scale_and_finish(
     tile,
     scale,
     beside,
@@ -58,15 +59,15 @@ def _finish(
     BIAS: tl.constexpr,
     NARROW_ROWS: tl.constexpr,
     HEADS: tl.constexpr,
-    IS_READ: tl.constexpr,
+    READ_EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """`finish` a product as it leaves the matrix unit: the up projection's columns right of the gate's.
 
-    What is read beside it is ``beside`` where it IS_READ.
+    What belongs beside it has been read when READ_EARLY, and is then ``beside``.
     """
-    if not IS_READ:
+    if not READ_EARLY:
         beside = read_beside(
             row, first_column, num_rows, residual, next_norm, to_pool, N, RESIDUAL, HEADS, BLOCK_N
         )
@@ -191,13 +192,13 @@ def linear_tma(
                 right = more
             else:
                 left, right = halves(acc)
-        _finish(
+        _scale_and_finish(
             left, scale, beside, row, first_column, num_rows, residual, next_norm, bias, scales, x_scales,
             to_pool, out, normed, out_squares, N, NORMED, GATED, RESIDUAL, BIAS, NARROW_ROWS, HEADS, WHOLE,
             BLOCK_M, LEFT_N,
         )  # fmt: skip
         if not WHOLE:
-            _finish(
+            _scale_and_finish(
                 right, scale, beside, row, first_column + LEFT_N, num_rows, residual, next_norm, bias, scales,
                 x_scales, to_pool, out, normed, out_squares, N, NORMED, GATED, RESIDUAL, BIAS, NARROW_ROWS,
                 HEADS, WHOLE, BLOCK_M, WIDTH - LEFT_N,
