@@ -20,7 +20,7 @@ from quire_build.tensorrt import builder
 from quire_build.tensorrt.hosted_memory import activation_bytes, host_reserve_bytes
 from quire_build.tensorrt.machine import Gpu
 from quire_build.tensorrt.operators import PagedAttend, Sample
-from quire_build.tensorrt.plan import keep_timing_cache, timing_cache
+from quire_build.tensorrt.plan import keep_timing_cache, set_timing_cache
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
 ELEMENT_BYTES = {"fp32": 4, "i32": 4}
@@ -180,10 +180,10 @@ def test_what_was_measured_is_used_where_it_can_be(kept: bytes | None, used: byt
     path, config = tmp_path / "timing", BuilderConfig()
     if kept is not None:
         path.write_bytes(kept)
-    assert timing_cache(config, path) == config.cache == used
+    assert set_timing_cache(config, path) == config.cache == used
 
 
 def test_a_file_that_cannot_be_read_holds_nothing_measured(tmp_path: Path) -> None:
     for path in (tmp_path, None):
         config = BuilderConfig()
-        assert timing_cache(config, path) == config.cache == b""
+        assert set_timing_cache(config, path) == config.cache == b""

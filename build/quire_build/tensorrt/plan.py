@@ -176,7 +176,7 @@ def build_plan(
     config.max_aux_streams = 0
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _progress_monitor(trt, progress)
-    cache = timing_cache(config, options.timing_cache)
+    cache = set_timing_cache(config, options.timing_cache)
     ranges = profile_ranges(options.limits)
     for tokens in ranges:
         profile = builder.create_optimization_profile()
@@ -264,8 +264,8 @@ def step_shapes(
     return shapes
 
 
-def timing_cache(config: Any, path: Path | None) -> Any:
-    """A timing cache with what the file holds, if it can be used here."""
+def set_timing_cache(config: Any, path: Path | None) -> Any:
+    """Give the build a timing cache with what the file holds, if it can be used here, and return it."""
     known = b""
     if path is not None:
         with contextlib.suppress(OSError):
