@@ -38,6 +38,7 @@ from quire_build.quantization import PLANS, Quantization, quantize_weights, rota
 from quire_build.tensorrt.linear_tiles import LinearTile, Operands
 from quire_build.tensorrt.machine import Gpu, this_gpu
 from quire_build.tensorrt.operators import MODEL, Launch, Linear, PlainArithmetic, Quantize
+from quire_build.tensorrt.pairs import paired
 
 HIDDEN, FFN, VOCABULARY = 4096, 14336, 128256
 WEIGHT_BYTES = 600 << 20
@@ -66,12 +67,12 @@ WIDE_PLAIN = ((128, 64, 64, 4, 5), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4))
 WIDE_GATED = ((32, 64, 64, 4, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (16, 64, 64, 4, 3))
 """Rows, columns and depth of a tile, warps, stages: candidates besides those that are in use."""
 WIDENED_PLAIN = (
-    (64, 64, 64, 4, 8), (64, 128, 64, 8, 6), (128, 128, 64, 8, 6), (16, 128, 64, 4, 5), (32, 128, 64, 4, 4),
-    (64, 32, 64, 4, 4), (128, 128, 64, 8, 4), (128, 64, 64, 8, 6), (64, 64, 64, 4, 5), (64, 128, 64, 4, 4),
+    (16, 64, 256, 4, 3), (16, 64, 64, 4, 8), (16, 128, 128, 4, 4), (32, 64, 256, 4, 3), (32, 128, 128, 8, 4),
+    (64, 64, 64, 4, 4), (64, 64, 256, 4, 2), (64, 128, 64, 4, 4), (128, 128, 64, 8, 4),
 )  # fmt: skip
 WIDENED_GATED = (
-    (64, 64, 64, 8, 6), (64, 64, 64, 4, 4), (128, 64, 64, 8, 5), (16, 64, 64, 4, 5), (32, 64, 64, 4, 4),
-    (64, 32, 64, 4, 6), (128, 64, 64, 8, 3), (64, 64, 64, 8, 4),
+    (16, 32, 256, 4, 3), (16, 64, 256, 8, 3), (32, 64, 128, 8, 4), (64, 64, 128, 8, 3), (64, 32, 64, 4, 4),
+    (128, 32, 128, 4, 3), (128, 64, 64, 8, 4),
 )  # fmt: skip
 """The same for weights that are widened."""
 NARROW_PLAIN = (
@@ -139,7 +140,11 @@ def candidates(layer: Linear) -> list[LinearTile]:
     """Tiles worth measuring, the most promising of each number of rows first."""
     found = list(layer.tiles)
     plain, gated = SHAPES[layer.operands]
-    in_use = [(t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages) for t in found if not t.tma]
+    in_use = [
+        (t.block_m, t.block_n, t.block_k, t.num_warps, t.num_stages)
+        for t in found
+        if not (t.tma or t.scaled_first)
+    ]
     if any(tile.tma for tile in found):
         found += [LinearTile(1, *shape, tma=True) for shape in TMA_SHAPES[layer.operands][layer.gated]]
     shapes = in_use + list(gated if layer.gated else plain)
@@ -229,7 +234,8 @@ class Bench:
             return Weight(wide, wide, wide)
         narrow = self._quantization.weight(wide, torch.bfloat16)
         wide = replace(narrow, rotation=1).dequantized().to(torch.bfloat16)
-        return Weight(narrow.values.view(torch.int32), narrow.scales.T.contiguous(), wide)
+        operand = narrow.values.view(torch.int32) if layer.narrow_rows else paired(narrow.values)
+        return Weight(operand, narrow.scales.T.contiguous(), wide)
 
     def inputs(self, layer: Linear, rows: int) -> dict[str, Tensor]:
         """What a layer reads beside its weight, of the types that `compile_variant` has compiled for."""

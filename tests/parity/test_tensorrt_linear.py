@@ -30,6 +30,7 @@ from quire_build.tensorrt.kernels.linear_tma import linear_tma
 from quire_build.tensorrt.kernels.step_size import ROWS, TOKENS
 from quire_build.tensorrt.linear_tiles import LinearTile, Operands, tile_bytes, tiles
 from quire_build.tensorrt.operators import MODEL, Linear, PlainArithmetic
+from quire_build.tensorrt.pairs import paired
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -66,7 +67,8 @@ def quantized(weight: torch.Tensor, layer: Linear) -> tuple[torch.Tensor, torch.
         weight, "fp8" if layer.weight_float else "int8", weight.dtype, layer.weight_group
     )
     scales = narrow.scales.T.contiguous()
-    return narrow.values.view(torch.int32), scales, narrow.dequantized().to(weight.dtype)
+    operand = narrow.values.view(torch.int32) if layer.narrow_rows else paired(narrow.values)
+    return operand, scales, narrow.dequantized().to(weight.dtype)
 
 
 def quantized_rows(x: torch.Tensor, layer: Linear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -156,7 +158,8 @@ def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, eigh
         for shared_bytes in (DEFAULT_SHARED_BYTES, HOPPER_SHARED_BYTES)
         for tile in replace(layer, shared_bytes=shared_bytes).tiles
     ]
-    for tile in dict.fromkeys((*TILES, *own)):
+    cut = [replace(tile, block_k=128) for tile in TILES] if layer.operands == "widened" else TILES
+    for tile in dict.fromkeys((*cut, *own)):
         check(layer, rows, tile, state)
         assert not state.any(), f"{tile} left a counter behind"
 
@@ -295,7 +298,7 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
     generator = torch.Generator().manual_seed(1)
     x, weight = random(generator, 20, 192).half(), random(generator, 64, 192).half()
     narrow = quantize_in_groups(weight, "int8", torch.float16)
-    operand, scales = narrow.values.view(torch.int32), narrow.scales.T.contiguous()
+    operand, scales = paired(narrow.values), narrow.scales.T.contiguous()
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     inputs = [x, operand, x, x, x, x, scales, x, x, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
@@ -449,6 +452,7 @@ cases = [(90, plain, tactic) for tactic in range(plain.num_tactics)]
 cases += [(90, gated, tactic) for tactic in range(gated.num_tactics)]
 for layer in (plain, gated):
     widened = replace(layer, weight_group=64)
+    assert all(tile.block_k % widened.weight_group == 0 for tile in widened.tiles)
     int8 = replace(layer, weight_group=layer.k, narrow_rows=1)
     fp8 = replace(int8, weight_float=1)
     cases += [(90, int8, tactic) for tactic in range(int8.num_tactics)]
@@ -501,7 +505,9 @@ for arch, layer, tactic in cases[int(sys.argv[1]) :: int(sys.argv[2])]:
     if writes_kv:
         assert "st.global.v4" in compiled.ptx or "st.global.v2" in compiled.ptx, "narrow stores"
     assert tile.tma or "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
-    if arch == 90 and launch.constants["BLOCK_M"] >= 64:
+    if arch == 90 and layer.operands == "widened" and not layer.weight_float:
+        assert "mul.bf16x2" in compiled.ptx, "numbers are widened one by one"
+    if arch == 90 and (launch.constants["BLOCK_M"] >= 64 or layer.operands == "widened"):
         numbers = {"int8": ".s32.s8.s8", "fp8": ".f32.e4m3.e4m3"}.get(layer.operands, ".f32.bf16.bf16")
         assert re.search("wgmma.*" + re.escape(numbers), compiled.ptx), "numbers are widened"
 """

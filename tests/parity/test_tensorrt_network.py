@@ -42,9 +42,9 @@ from quire.errors import UnsupportedModelError
 from quire.execution.manifest import Precision
 from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 from quire_build.quantization import PLANS
-from quire_build.tensorrt import network, operators
+from quire_build.tensorrt import operators
 from quire_build.tensorrt.builder import weight_bytes
-from quire_build.tensorrt.lowering import lower
+from quire_build.tensorrt.lowering import lower, quantize
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 
 __all__ = ["model"]  # a fixture
@@ -280,8 +280,9 @@ def test_network_of_rows_of_eight_bits_computes_the_logits_of_the_quantised_mode
 def test_the_weights_take_as_much_as_the_pools_size_rests_on(
     model: onnx.ModelProto, precision: Precision
 ) -> None:
+    """But for channels that are added to fill a block, which are many in a model as small as this."""
     expected = written(model, precision).constant_bytes
-    assert weight_bytes(model, 4, PLANS.get(precision)) == pytest.approx(expected, rel=0.01)
+    assert weight_bytes(model, 4, PLANS.get(precision)) == pytest.approx(expected, rel=0.02)
 
 
 def test_network_over_a_pool_of_fp8_computes_the_logits_of_kv_rounded_to_it(
@@ -318,14 +319,14 @@ def test_int8_needs_whole_words_of_a_row(model: onnx.ModelProto) -> None:
             values = numpy_helper.to_array(weight)[:, :-1].copy()
             weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     with pytest.raises(UnsupportedModelError, match="63 inputs"):
-        written(other, "int8-weights")
+        written(other, "int8")
 
 
 @pytest.mark.usefixtures("tensorrt")
 def test_int8_refuses_more_inputs_than_int32_holds_the_sum_of(
     model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert network.LARGEST_SUM * 127**2 < 2**31 <= (network.LARGEST_SUM + 1) * 127**2
-    monkeypatch.setattr(network, "LARGEST_SUM", 72)
+    assert quantize.LARGEST_SUM * 127**2 < 2**31 <= (quantize.LARGEST_SUM + 1) * 127**2
+    monkeypatch.setattr(quantize, "LARGEST_SUM", 72)
     with pytest.raises(UnsupportedModelError, match="80 inputs, only of up to 72"):
         written(model, "int8")

@@ -19,6 +19,7 @@ from quire.user_cache import user_cache
 from quire_build.checkpoint import Checkpoint, checkpoint_weights
 from quire_build.engine_builder import KV_ELEMENT_BYTES, BuiltEngine, EngineOptions, Progress
 from quire_build.tensorrt.machine import this_gpu
+from quire_build.tensorrt.pairs import paired_columns
 from quire_build.workload import Workload
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def weight_bytes(model: onnx.ModelProto, element_bytes: int, quantization: Quant
         narrow = quantization is not None and weight.name in linear
         if quantization is not None and narrow:
             rows, columns = weight.dims
-            total += elements + rows * -(-columns // quantization.group(columns)) * element_bytes
+            total += rows * (columns if quantization.inputs else paired_columns(columns))
+            total += rows * -(-columns // quantization.group(columns)) * element_bytes
         # An embedding that is the output layer as well is there twice.
         if not narrow or weight.name in others:
             total += elements * element_bytes

@@ -17,7 +17,8 @@ from quire.execution.tensorrt.shared_memory import DEFAULT_SHARED_BYTES
 PROGRAMS_PER_MULTIPROCESSOR = 3
 """K is split until about so many programs run on each multiprocessor."""
 LARGE_TILE = 64 * 128
-"""Elements from which on a tile's parts are so many that two programs on one are better than three."""
+"""Elements from which on a tile's parts are so many that two programs on one are better than three; half as
+many where weights are widened, which takes a second sum."""
 MULTIPROCESSOR_BYTES = 227 * 1024
 """Shared memory of a multiprocessor; what does not fit it twice runs there alone."""
 
@@ -35,6 +36,7 @@ class LinearTile:
         num_warps: warps of a program.
         num_stages: depth of the software pipeline over k.
         tma: whether the tensor memory accelerator moves the operands: `linear_tma`, without splits.
+        scaled_first: whether weights that are widened are scaled before the product: `widened_product`.
     """
 
     splits: int
@@ -44,6 +46,7 @@ class LinearTile:
     num_warps: int
     num_stages: int
     tma: bool = False
+    scaled_first: bool = False
 
     @property
     def more_n(self) -> int:
@@ -67,19 +70,16 @@ PLAIN: tuple[Shape, ...] = (
 )
 GATED: tuple[Shape, ...] = ((16, 32, 128, 4, 2), (64, 32, 64, 4, 3), (64, 64, 64, 4, 2), (128, 64, 32, 8, 3))
 WIDENED_PLAIN: tuple[Shape, ...] = (
-    (16, 32, 64, 4, 8),
-    (16, 64, 64, 4, 6),
-    (32, 64, 64, 4, 6),
+    (16, 64, 128, 4, 3),
+    (32, 64, 64, 4, 4),
     (64, 64, 64, 4, 3),
     (64, 128, 64, 8, 2),
-    (128, 128, 32, 8, 3),
 )
 WIDENED_GATED: tuple[Shape, ...] = (
-    (16, 32, 64, 4, 6),
-    (32, 32, 64, 4, 6),
+    (16, 32, 128, 4, 3),
+    (32, 32, 64, 4, 4),
     (64, 32, 64, 4, 3),
     (64, 64, 64, 8, 2),
-    (128, 64, 32, 8, 3),
 )
 NARROW_PLAIN: tuple[Shape, ...] = (
     (16, 32, 256, 4, 4),
@@ -113,18 +113,18 @@ DEEP_GATED: tuple[Shape, ...] = (
     (128, 64, 64, 8, 4),
 )
 DEEP_WIDENED_PLAIN: tuple[Shape, ...] = (
-    (16, 32, 64, 4, 8),
-    (16, 64, 64, 4, 6),
-    (32, 64, 64, 4, 6),
-    (64, 64, 64, 4, 3),
-    (64, 128, 64, 4, 4),
-    (128, 128, 64, 8, 6),
+    (16, 64, 128, 4, 4),
+    (32, 64, 128, 4, 4),
+    (64, 64, 128, 4, 3),
+    (64, 128, 128, 8, 3),
+    (128, 64, 128, 4, 3),
+    (128, 128, 128, 8, 3),
 )
 DEEP_WIDENED_GATED: tuple[Shape, ...] = (
-    (16, 32, 64, 4, 6),
-    (32, 32, 64, 4, 6),
+    (16, 32, 128, 4, 4),
+    (32, 32, 128, 4, 4),
     (64, 64, 64, 4, 4),
-    (128, 64, 64, 8, 3),
+    (128, 64, 128, 8, 3),
 )
 DEEP_INT8_PLAIN: tuple[Shape, ...] = (
     (16, 32, 256, 4, 4),
@@ -177,6 +177,11 @@ TMA_NARROW_PLAIN: tuple[Shape, ...] = (
 )
 TMA_NARROW_GATED: tuple[Shape, ...] = ((128, 64, 128, 8, 5), (128, 128, 128, 8, 4))
 """Tiles that the tensor memory accelerator moves, with as much shared memory."""
+SCALED_FIRST: tuple[tuple[Shape, ...], tuple[Shape, ...]] = (
+    ((256, 128, 64, 8, 4),),
+    ((128, 64, 64, 8, 4), (256, 64, 64, 8, 4)),
+)
+"""Tiles of plain layers and of gated ones whose weights are widened, with registers for one sum alone."""
 ROW_ALIGNMENT = 16
 """Bytes that rows take multiples of, where the accelerator is to move them."""
 
@@ -215,39 +220,37 @@ def tiles(
     """The tiles of a layer with weight [n, k], or [2 * n, k] when ``gated``; few rows first.
 
     Args:
-        operands: what is multiplied. Where weights are widened, every block_k divides `WEIGHT_GROUP`.
+        operands: what is multiplied. Where weights are widened, `WEIGHT_GROUP` divides every block_k.
         shared_bytes: shared memory that a program may have.
         multiprocessors: of the GPU.
     """
     shapes, moved = DEEP[operands][gated], MOVED[operands][gated]
-    if max(tile_bytes(shape, gated, operands) for shape in (*shapes, *moved)) > shared_bytes:
+    scaled_first = SCALED_FIRST[gated] if operands == "widened" else ()
+    if max(tile_bytes(shape, gated, operands) for shape in (*shapes, *scaled_first, *moved)) > shared_bytes:
         # As much shared memory as moved tiles want have GPUs from Hopper on, which have the accelerator.
-        shapes, moved = SHALLOW[operands][gated], ()
+        shapes, scaled_first, moved = SHALLOW[operands][gated], (), ()
     if k * (2 if operands == "wide" else 1) % ROW_ALIGNMENT:
         moved = ()
     return (
         *(LinearTile(_splits(n, k, gated, operands, shape, multiprocessors), *shape) for shape in shapes),
+        *(LinearTile(1, *shape, scaled_first=True) for shape in scaled_first),
         *(LinearTile(1, *shape, tma=True) for shape in moved),
     )
 
 
 def tile_bytes(shape: Shape, gated: bool, operands: Operands = "wide") -> int:
-    """Shared memory that a program needs at most: both operands, once for each stage.
-
-    A weight that is widened comes once more where matrix instructions read it from there.
-    """
+    """Shared memory that a program needs at most: both operands, once for each stage."""
     block_m, block_n, block_k, _, stages = shape
     columns = (1 + gated) * block_n
     row_bytes, weight_bytes = {"wide": (2, 2), "widened": (2, 1)}.get(operands, (1, 1))
-    stage_bytes = block_k * (row_bytes * block_m + weight_bytes * columns)
-    widened_bytes = 2 * block_k * columns if operands == "widened" and block_m >= 64 else 0
-    return stages * stage_bytes + widened_bytes
+    return stages * block_k * (row_bytes * block_m + weight_bytes * columns)
 
 
 def _splits(n: int, k: int, gated: bool, operands: Operands, shape: Shape, multiprocessors: int) -> int:
     """As many splits as it takes to fill the GPU, if k and the counters allow."""
     block_m, block_n, block_k, _, _ = shape
     columns = -(-n // block_n)
-    programs = PROGRAMS_PER_MULTIPROCESSOR - (block_m * block_n * (1 + gated) >= LARGE_TILE)
+    sums = block_m * block_n * (1 + gated) * (2 if operands == "widened" else 1)
+    programs = PROGRAMS_PER_MULTIPROCESSOR - (sums >= LARGE_TILE)
     programs = min(programs, MULTIPROCESSOR_BYTES // tile_bytes(shape, gated, operands))
     return max(1, min(programs * multiprocessors // columns, k // (4 * block_k), 2 * NUM_COUNTERS // columns))

@@ -24,11 +24,10 @@ from quire_build.tensorrt.lowering.attention import POOL
 from quire_build.tensorrt.lowering.graph import LINEAR_INPUTS, attribute
 from quire_build.tensorrt.lowering.step import STATE
 from quire_build.tensorrt.operators import OPERATORS
+from quire_build.tensorrt.pairs import paired
 
 TABLES = ("cosine", "sine")
 """Weights that stay float32, whatever the model's type is."""
-LARGEST_SUM = (2**31 - 1) // 127**2
-"""Products of int8 numbers that int32 holds the sum of."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ class NetworkWriter:
         return source, torch.tensor(self._integers[order])
 
     def _quantized(self, name: str, quantization: Quantization) -> tuple[Any, Any]:
-        """A linear layer's weight [n, k] of eight bits, bound as int32 [n, k / 4]; its scales [groups, n].
+        """A linear layer's weight [n, k] of eight bits, as the kernels take it, and its scales [groups, n].
 
         One of the checkpoint's tensors is quantised at a time, from its own type.
         """
@@ -184,14 +183,9 @@ class NetworkWriter:
         parts = self._stacks[source].input if source in self._stacks else [source]
         quantized = [quantization.weight(self._weight(part).detach().cpu(), self._dtype) for part in parts]
         values = torch.cat([part.values for part in quantized])[order]
-        k = values.shape[1]
-        refused = f"a plan of {quantization.narrow} cannot run a linear layer of {k} inputs"
-        if k % 4:
-            raise UnsupportedModelError(f"{refused}, only of multiples of 4")
-        if quantization.inputs and k > LARGEST_SUM:
-            raise UnsupportedModelError(f"{refused}, only of up to {LARGEST_SUM}")
         scales = torch.cat([part.scales for part in quantized])[order].T.contiguous()
-        return self._constant(values.view(torch.int32)), self._constant(scales)
+        matrix = values.view(torch.int32) if quantization.inputs else paired(values)
+        return self._constant(matrix), self._constant(scales)
 
     def _is_weight(self, name: str) -> bool:
         return name in self._weights or name in self._stacks or name in self._reordered

@@ -9,10 +9,9 @@ its result by the latter, which a norm's division commutes with. Where the tiles
 K is split; the program that finishes a tile last adds the splits up, always in the same order, and counts in
 the engine's state.
 
-Weights of eight bits halve the stream. They are exact in the rows' type, so they are widened on their way to
-the matrix unit; the sum over a group of inputs is scaled in float32 as it goes into the accumulator. Where
-the rows come in eight bits as well (`kernels/quantize.py`), nothing is widened, and the matrix unit is twice
-as fast: int8 sums up in int32, exactly, and both scales come behind the product.
+Weights of eight bits halve the stream, and are widened on their way to the matrix unit (`kernels/widen.py`).
+Where the rows come in eight bits as well (`kernels/quantize.py`), nothing is widened, and the matrix unit is
+twice as fast: int8 sums up in int32, exactly, and both scales come behind the product.
 """
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
@@ -27,6 +26,7 @@ import triton.language as tl
 from quire.execution.engine_state import COUNTERS_BYTE
 from quire_build.tensorrt.kernels.kv_write import read_places, store_heads
 from quire_build.tensorrt.kernels.step_size import used
+from quire_build.tensorrt.kernels.widen import widened_product
 
 COUNTERS_OFFSET = tl.constexpr(COUNTERS_BYTE // 4)
 """Where the counters of split tiles start in the engine's state, in int32."""
@@ -279,6 +279,7 @@ def linear(
     HEADS: tl.constexpr,
     COUNTED: tl.constexpr,
     SPLITS: tl.constexpr,
+    SCALED_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -291,7 +292,7 @@ def linear(
         x: [num_rows, K]; when NORMED, rows times the norm's weight, not divided by their root mean square.
             Not read when NARROW_ROWS.
         weight: [N, K]; when GATED [2 * N, K], the gate's rows first. With a WEIGHT_GROUP of eight bits, four
-            to an int32.
+            to an int32, and unless NARROW_ROWS arranged by `pairs.paired`.
         squares: float32 [num_rows, K / SQUARES_WIDTH], sums of squares of the rows before the norm's weight;
             not read unless NORMED.
         residual: [num_rows, N], added to the result; not read unless RESIDUAL.
@@ -310,13 +311,14 @@ def linear(
         out_squares: out when RESIDUAL, float32 [num_rows, N / SQUARES_WIDTH].
         partial: scratch, float32 [row tiles * num_splits, BLOCK_M, N], twice that when GATED; unused without
             splits.
-        WEIGHT_GROUP: inputs of a weight that share a scale: K when NARROW_ROWS, else a multiple of BLOCK_K; 0
+        WEIGHT_GROUP: inputs of a weight that share a scale: K when NARROW_ROWS, else BLOCK_K is a multiple; 0
             where weights have the rows' type.
         WEIGHT_FLOAT: whether numbers of eight bits are floats (e4m3) and not integers.
         NARROW_ROWS: whether rows have eight bits, as weights then do.
         HEADS: a `kv_write.Heads` where the columns are queries, keys and values; else None.
         COUNTED: what a row is, for `step_size.used`. Tiles of padding alone are left out; the rows of padding
             in others are computed.
+        SCALED_FIRST: see `widened_product`.
         BLOCK_N: a multiple of SQUARES_WIDTH when RESIDUAL.
     """
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -350,25 +352,16 @@ def linear(
     PARTS: tl.constexpr = 2 if GATED else 1
     of_tile = tl.arange(0, PARTS * BLOCK_N)
     w_n = column * BLOCK_N + of_tile % BLOCK_N
-    SCALED_IN_GROUPS: tl.constexpr = WEIGHT_GROUP > 0 and not NARROW_ROWS
-    if WEIGHT_GROUP:
-        tl.static_assert(WEIGHT_GROUP == K if NARROW_ROWS else WEIGHT_GROUP % BLOCK_K == 0)
+    if NARROW_ROWS:
+        tl.static_assert(WEIGHT_GROUP == K)
         narrow: tl.constexpr = tl.float8e4nv if WEIGHT_FLOAT else tl.int8
         weight = weight.to(tl.pointer_type(narrow), bitcast=True)
-        if NARROW_ROWS:
-            x = narrow_x.to(tl.pointer_type(narrow), bitcast=True)
+        x = narrow_x.to(tl.pointer_type(narrow), bitcast=True)
     # The first tile always has rows, and doesn't wait for their number.
     if row_tile > 0:
         if row_tile * BLOCK_M >= used(engine_state, COUNTED, num_rows):
             return
-    x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
-    scale_of_tile = scales + of_tile // BLOCK_N * N + w_n
-    if SCALED_IN_GROUPS:
-        # A tile ahead, since nothing else hides how long this takes.
-        group = begin * BLOCK_K // WEIGHT_GROUP
-        next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
-    w_tile = weight + (of_tile // BLOCK_N * N + w_n).to(tl.int64)[:, None] * K + k[None, :]
-
+    w_row = of_tile // BLOCK_N * N + w_n
     to_pool = (cos_sin, positions, slot_mapping, kv_cache, engine_state, layer)
     beside = (row,)
     if BLOCK_M * BLOCK_N <= SMALL_TILE:
@@ -378,25 +371,27 @@ def linear(
         )
 
     EXACT: tl.constexpr = NARROW_ROWS and not WEIGHT_FLOAT
-    acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.int32 if EXACT else tl.float32)
-    for tile in range(begin, end):
-        start = tile * BLOCK_K
-        x_mask = row_mask[:, None]
-        w_mask = (w_n < N)[:, None]
-        if K % BLOCK_K != 0:
-            x_mask = x_mask & (start + k < K)[None, :]
-            w_mask = w_mask & (start + k < K)[None, :]
-        w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
-        a = tl.load(x_tile + start, mask=x_mask, other=0.0)
-        if SCALED_IN_GROUPS:
-            scale = next_scale.to(tl.float32)[None, :]
-            group = min(start + BLOCK_K, K - 1) // WEIGHT_GROUP
-            next_scale = tl.load(scale_of_tile + group * PARTS * N, mask=w_n < N, other=0.0)
-            acc += tl.dot(a, tl.trans(w.to(a.dtype)), input_precision="ieee") * scale
-        else:
+    if WEIGHT_GROUP > 0 and not NARROW_ROWS:
+        acc = widened_product(
+            x, weight, scales, row, num_rows, w_row, w_n < N, begin, end, K, PARTS * N, WEIGHT_GROUP,
+            WEIGHT_FLOAT, SCALED_FIRST, BLOCK_K,
+        )  # fmt: skip
+    else:
+        x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
+        w_tile = weight + w_row.to(tl.int64)[:, None] * K + k[None, :]
+        acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.int32 if EXACT else tl.float32)
+        for tile in range(begin, end):
+            start = tile * BLOCK_K
+            x_mask = row_mask[:, None]
+            w_mask = (w_n < N)[:, None]
+            if K % BLOCK_K != 0:
+                x_mask = x_mask & (start + k < K)[None, :]
+                w_mask = w_mask & (start + k < K)[None, :]
+            w = tl.load(w_tile + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
+            a = tl.load(x_tile + start, mask=x_mask, other=0.0)
             acc = multiplied(a, w, acc, EXACT, NARROW_ROWS)
     if NARROW_ROWS:
-        acc = scaled(acc, x_scales, row, num_rows, scale_of_tile, w_n < N)
+        acc = scaled(acc, x_scales, row, num_rows, scales + w_row, w_n < N)
 
     if SPLITS > 1:
         if splits_used > 1:

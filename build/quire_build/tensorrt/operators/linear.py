@@ -25,11 +25,12 @@ class Linear:
     [T, k / SQUARES_WIDTH], read when ``normed``; residual [T, n] and next_norm [n], read when
     ``adds_residual``; bias, as many as weight has rows, read when ``biased``; scales; narrow_x and x_scales;
     engine_state, which lends counters. Where an input is not read, any will do.
-    With a ``weight_group``, weight is int8, or e4m3 if ``weight_float``, bound as int32 [n, k / 4], and
+    With a ``weight_group``, weight is int8, or e4m3 if ``weight_float``, arranged by `pairs.paired`, and
     scales [ceil(k / weight_group), rows of weight] are read: one for so many inputs. 0 is a weight of the
     model's type.
     With ``narrow_rows`` what is multiplied is not x but narrow_x int32 [T, k / 4], rows of the weight's type
-    with x_scales float32 [T], as `Quantize` makes them; ``weight_group`` is then k.
+    with x_scales float32 [T], as `Quantize` makes them; ``weight_group`` is then k, and weight as it is,
+    int32 [n, k / 4].
     A program may have ``shared_bytes`` of shared memory, and the GPU has so many ``multiprocessors``.
     The result is ``wide_output``, float32, where it is logits, whose rows are not the step's tokens.
     Outputs: the result [T, n]; when ``adds_residual``, the result times next_norm and the sums of its
@@ -164,7 +165,8 @@ class Linear:
         return Launch(
             kernel=linear,
             types=types,
-            constants=constants | {"WEIGHT_GROUP": self.weight_group, "SPLITS": tile.splits},
+            constants=constants
+            | {"WEIGHT_GROUP": self.weight_group, "SPLITS": tile.splits, "SCALED_FIRST": tile.scaled_first},
             grid=(-(-self.n // tile.block_n), row_tiles, splits),
             integers=(rows, splits),
             num_warps=tile.num_warps,

@@ -1,0 +1,46 @@
+"""How a plan keeps weights of eight bits that its kernels widen.
+
+**Pairs.** Two numbers lie in 16 bits, so that two pairs are widened at a time: one input from the first half
+of a group, and its counterpart from the second. Of floats (e4m3) the first has the low byte and the second
+the high one. Integers are kept as signs and magnitudes, and the signs are exchanged: what is left of the 16
+bits by & 0x807F is then a number of half precision, the first integer as a multiple of the smallest that the
+type has; with the bytes exchanged, it is the second.
+
+**Blocks.** ROWS_TOGETHER output channels lie together, group by group of inputs, so that what a program reads
+at a time is one piece of memory.
+
+`quire_build.tensorrt.kernels.widen` reads them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quire_build.quantization import WEIGHT_GROUP
+
+ROWS_TOGETHER = 32
+
+
+def paired_columns(k: int) -> int:
+    """Numbers that are kept of a channel with k inputs."""
+    return k + -k % WEIGHT_GROUP
+
+
+def paired(values: Tensor) -> Tensor:
+    """Arrange a weight's numbers for the kernels.
+
+    Args:
+        values: [n, k], e4m3 or int8 without -128.
+
+    Returns:
+        int32 [n to a multiple of ROWS_TOGETHER, paired_columns(k) / 4]; what is added is zero.
+    """
+    n, k = values.shape
+    columns = paired_columns(k)
+    padded = nn.functional.pad(values.view(torch.int8), (0, columns - k, 0, -n % ROWS_TOGETHER))
+    blocks = padded.view(-1, ROWS_TOGETHER, columns // WEIGHT_GROUP, 2, WEIGHT_GROUP // 2)
+    first, second = blocks.transpose(1, 2).unbind(3)
+    if values.dtype == torch.int8:
+        first, second = first.abs() | second & -128, second.abs() | first & -128
+    return torch.stack([first, second], -1).view(padded.shape).view(torch.int32)
