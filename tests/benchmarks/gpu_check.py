@@ -10,6 +10,7 @@ hosted      the same plan hosted by Triton and in the scheduler's process, to cl
             servers' logs are left in OUT, and where Triton can't load it, it is tried without CUDA graphs
 precision   what the numerics gate sees of each precision and of KV in fp8
 narrow      8b with weights and activations of int8 and of fp8, as in stage 8b
+weights     8b with weights alone of int8, as in stage 8b
 kv          8b with KV in fp8, as in stage 8b
 
 A stage writes OUT/STAGE.json after every result and ends within nine minutes: what there is no time for is
@@ -564,6 +565,11 @@ def check_narrow(results: CheckedResults, options: argparse.Namespace, clock: Cl
         check_shape(name, results, options, clock, workloads=WORKLOADS[:1])
 
 
+def check_weights(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
+    """8b with weights of eight bits and activations of bf16."""
+    check_shape("8b int8-weights", results, options, clock, workloads=WORKLOADS[:1])
+
+
 def check_kv(results: CheckedResults, options: argparse.Namespace, clock: Clock) -> None:
     """8b over a pool of fp8, with the requests that read most of it."""
     check_shape("8b KV fp8", results, options, clock, workloads=WORKLOADS[2:])
@@ -577,6 +583,7 @@ STAGES: dict[str, Callable[[CheckedResults, argparse.Namespace, Clock], None]] =
     "hosted": check_hosted,
     "precision": check_precision,
     "narrow": check_narrow,
+    "weights": check_weights,
     "kv": check_kv,
 }
 

@@ -83,6 +83,7 @@ SHAPES = {
     "7b": Shape(LLAMA_2_7B, "fp16"),
     "8b int8": Shape(LLAMA_3_8B, "int8"),
     "8b fp8": Shape(LLAMA_3_8B, "fp8"),
+    "8b int8-weights": Shape(LLAMA_3_8B, "int8-weights"),
     "8b KV fp8": Shape(LLAMA_3_8B, "bf16", "fp8"),
     "2 layers of 8b": Shape(LLAMA_3_8B | {"num_hidden_layers": 2}, "bf16"),
     "2 layers of 8b int8": Shape(LLAMA_3_8B | {"num_hidden_layers": 2}, "int8"),

@@ -33,7 +33,7 @@ from quire_build.tensorrt.machine import Gpu, this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 from quire_build.tensorrt.plugins import register_plugins
 
-PROFILE_ENDS = (16, 64, 128, 256, 512, 1024)
+PROFILE_ENDS = (16, 32, 64, 128, 256, 512, 1024)
 """Tokens at which a profile ends and the next begins: kernels want other tiles beyond."""
 FP8_ARCHITECTURE = 89
 """Compute capability from which on GPUs convert e4m3."""
