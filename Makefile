@@ -18,7 +18,7 @@ help:
 	@echo 'make test      run every test'
 	@echo 'make lint      check style and types'
 	@echo 'make bench     measure the scheduler and a running server'
-	@echo 'make gpu-check STAGE=builder|kernels|8b|hosted|7b|precision|narrow|kv OUT=dir   check and measure on an NVIDIA GPU'
+	@echo 'make gpu-check STAGE=builder|kernels|8b|hosted|7b|precision|narrow|weights|kv OUT=dir   check and measure on an NVIDIA GPU'
 
 install: $(INSTALLED)
 
