@@ -1,7 +1,7 @@
 """Numbers of few bits: what quantised weights, activations and KV are, and the decoder as they make it.
 
 A weight [n, k] becomes int8 or float8 (e4m3). A kernel multiplies the narrow numbers, as they are or widened
-to bf16, which holds them exactly, and scales its accumulator. `PLANS` says what plans have: weights with one
+to bf16, which holds them exactly, and scales sums of products. `PLANS` says what plans have: weights with one
 scale for each output channel n and `WEIGHT_GROUP` inputs, or weights with one scale for the channel and
 activations with one for each token, found as it comes. One scale for a whole tensor of activations, found by
 calibration, is here to be measured.

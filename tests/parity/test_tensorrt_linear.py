@@ -98,7 +98,7 @@ def check(
     generator = torch.Generator().manual_seed(rows)
     n, k = layer.n, layer.k
     x, weight = random(generator, rows, k), random(generator, n * (1 + layer.gated), k)
-    squares = x.square().view(rows, -1, 32).sum(-1)
+    squares = x.square().view(rows, -1, 32).sum(-1) if layer.normed else x
     residual, gain = random(generator, rows, n), random(generator, n)
     bias = random(generator, n * (1 + layer.gated))
     operand, scales, narrow_x, x_scales, wide = weight, x, x, x, x
@@ -159,6 +159,7 @@ def test_every_tile_is_right_for_every_number_of_rows(kind: str, rows: int, eigh
         for tile in replace(layer, shared_bytes=shared_bytes).tiles
     ]
     cut = [replace(tile, block_k=128) for tile in TILES] if layer.operands == "widened" else TILES
+    assert any(tile.scaled_first for tile in own) == (layer.operands == "widened")
     for tile in dict.fromkeys((*cut, *own)):
         check(layer, rows, tile, state)
         assert not state.any(), f"{tile} left a counter behind"
@@ -292,9 +293,10 @@ def test_a_tile_wider_than_the_layer_leaves_nothing_out() -> None:
         torch.testing.assert_close(outputs[0], torch.nn.functional.silu(gate) * up, atol=1e-3, rtol=1e-4)
 
 
-def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> None:
-    """Rows and scales of fp16: the only rounding is that of the result."""
-    layer = Linear(k=192, n=64, **(PLAIN | {"weight_group": 64}))
+@pytest.mark.parametrize("shared_bytes", [DEFAULT_SHARED_BYTES, HOPPER_SHARED_BYTES])
+def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single(shared_bytes: int) -> None:
+    """Rows and scales of fp16: the only rounding is that of the result, and of weights scaled first."""
+    layer = Linear(k=192, n=64, **(PLAIN | {"weight_group": 64, "shared_bytes": shared_bytes}))
     generator = torch.Generator().manual_seed(1)
     x, weight = random(generator, 20, 192).half(), random(generator, 64, 192).half()
     narrow = quantize_in_groups(weight, "int8", torch.float16)
@@ -302,13 +304,22 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
     inputs = [x, operand, x, x, x, x, scales, x, x, state]
     shapes = [tuple(tensor.shape) for tensor in inputs]
-    expected = x.float() @ narrow.dequantized().T
-    for tactic in range(layer.num_tactics):
+    wide = narrow.dequantized()
+    for tactic, tile in enumerate(layer.tiles):
+        expected = x.float() @ (wide.half().float() if tile.scaled_first else wide).T
         types = {MODEL: torch.float16, "fp32": torch.float32, "i32": torch.int32}
         outputs = [torch.full(shape, math.nan).to(types[element]) for shape, element in layer.outputs(shapes)]
         launch = layer.launch(shapes, PlainArithmetic(), tactic)
         launch.kernel[launch.grid](**launch.arguments(inputs, outputs), **launch.constants)
-        torch.testing.assert_close(outputs[0].float(), expected, atol=1e-3, rtol=2**-11)
+        torch.testing.assert_close(outputs[0].float(), expected, atol=1e-5, rtol=2**-11)
+
+
+@pytest.mark.parametrize("k", [40, 63, 65, 129])
+def test_widened_weights_need_not_fill_a_group(k: int) -> None:
+    layer = Linear(k=k, n=33, **(PLAIN | {"weight_group": 64}))
+    state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
+    for tile in layer.tiles:
+        check(layer, 5, tile, state)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +329,8 @@ def test_int8_weights_are_widened_to_half_precision_and_scaled_in_single() -> No
 def test_numbers_of_eight_bits_may_be_floats(kind: str, narrow: dict[str, Any]) -> None:
     layer = Linear(k=160, n=96, **(PLAIN | KINDS[kind] | narrow))
     state = torch.zeros(engine_state_elements(1), dtype=torch.int64)
-    for tile in layer.tiles:
+    deep = replace(layer, shared_bytes=HOPPER_SHARED_BYTES).tiles
+    for tile in dict.fromkeys((*layer.tiles, *(tile for tile in deep if not tile.tma))):
         check(layer, 17, tile, state)
 
 
@@ -364,6 +376,15 @@ def test_k_is_split_until_every_multiprocessor_has_its_programs(
     assert splits == [
         tile.splits for tile in cut if (tile.block_m, tile.block_n, tile.block_k, tile.num_stages) in wanted
     ]
+
+
+def test_widened_weights_take_registers_for_two_sums() -> None:
+    """So where tiles of 64 x 64 are not, those are large already: two programs on each."""
+    cut = tiles(4096, 14336, False, "widened", HOPPER_SHARED_BYTES, multiprocessors=132)
+    assert [(tile.block_m, tile.splits) for tile in cut if tile.block_n == 64] == [
+        (16, 6), (32, 6), (64, 4), (128, 2)
+    ]  # fmt: skip
+    assert [tile.splits for tile in cut if tile.scaled_first] == [1]
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
@@ -463,6 +484,7 @@ for layer in (plain, gated):
         cases += [(90, deep, tactic) for tactic, tile in enumerate(deep.tiles) if tile not in shallow.tiles]
 floating = replace(plain, weight_group=64, weight_float=1, shared_bytes=227 * 1024)
 cases += [(90, floating, tactic) for tactic in (0, floating.num_tactics - 1)]
+cases += [(arch, replace(plain, weight_group=64), 0) for arch in (80, 89)]
 cases += [(90, wide, wide.num_tactics - 1), (80, plain, plain.num_tactics - 1), (89, gated, 1)]
 cases += [(80, replace(plain, weight_group=4096, narrow_rows=1), tactic) for tactic in (1, 5)]
 cases += [(89, fp8, tactic) for tactic in (1, 4)]
@@ -480,12 +502,13 @@ for layer in (qkv, narrow_kv):
     cases += [(90, layer, tactic) for tactic, tile in enumerate(layer.tiles) if tile.more_n]
 cases += [(90, qkv, 0), *((90, layer, tactic) for layer in (qkv, narrow_kv) for tactic in (2, -1))]
 """
-PTX_CASES = """
+PTX_CASES = r"""
 for arch, layer, tactic in cases[int(sys.argv[1]) :: int(sys.argv[2])]:
     launch, tile = layer.launch([(64, layer.k)], PlainArithmetic(), tactic), layer.tiles[tactic]
     writes_kv = isinstance(layer, ProjectQkv)
     layer = layer.linear if writes_kv else layer
     assert launch.max_shared_bytes == layer.shared_bytes
+    assert launch.constants.get("SCALED_FIRST", False) == tile.scaled_first
     types = {name: kind.replace("model", "bf16") for name, kind in launch.types.items()}
     assert list(types) == [name for name in launch.kernel.arg_names if name not in launch.constants]
     compiled = compile_kernel(
@@ -507,6 +530,9 @@ for arch, layer, tactic in cases[int(sys.argv[1]) :: int(sys.argv[2])]:
     assert tile.tma or "cp.async.cg.shared.global" in compiled.ptx, "narrow loads"
     if arch == 90 and layer.operands == "widened" and not layer.weight_float:
         assert "mul.bf16x2" in compiled.ptx, "numbers are widened one by one"
+    if arch == 90 and layer.operands == "widened":
+        # A first operand from registers is in braces like the result.
+        assert re.search(r"wgmma[^;]*\}, *\{", compiled.ptx), "weights come from shared memory"
     if arch == 90 and (launch.constants["BLOCK_M"] >= 64 or layer.operands == "widened"):
         numbers = {"int8": ".s32.s8.s8", "fp8": ".f32.e4m3.e4m3"}.get(layer.operands, ".f32.bf16.bf16")
         assert re.search("wgmma.*" + re.escape(numbers), compiled.ptx), "numbers are widened"

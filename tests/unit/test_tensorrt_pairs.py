@@ -7,11 +7,17 @@ import torch
 from torch import Tensor
 
 from quire_build.quantization import WEIGHT_GROUP
-from quire_build.tensorrt.pairs import ROWS_TOGETHER, paired, paired_columns
+from quire_build.tensorrt.pairs import (
+    BFLOAT16,
+    FIRST_MASK,
+    FLOAT16,
+    ROWS_TOGETHER,
+    HalfPrecision,
+    paired,
+    paired_columns,
+)
 
 HALF = WEIGHT_GROUP // 2
-SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
-"""The smallest numbers of half precision."""
 
 
 def pair(kept: Tensor, row: int, column: int, k: int) -> tuple[int, int, int]:
@@ -24,14 +30,22 @@ def pair(kept: Tensor, row: int, column: int, k: int) -> tuple[int, int, int]:
     return int(kept.flatten().view(torch.int16)[index]) & 0xFFFF, other, place // HALF
 
 
-def number(bits: int, dtype: torch.dtype) -> float:
-    """What 16 bits are in half precision."""
-    signed = bits - (bits >> 15 << 16)
-    return float(torch.tensor([signed], dtype=torch.int16).view(dtype).double()) / SMALLEST[dtype]
+@pytest.mark.parametrize(
+    ("dtype", "half"), [(torch.bfloat16, BFLOAT16), (torch.float16, FLOAT16)], ids=["bf16", "fp16"]
+)
+def test_what_a_mask_leaves_becomes_the_integer_in_half_precision(
+    dtype: torch.dtype, half: HalfPrecision
+) -> None:
+    """The kernel's arithmetic in the type that it computes in, which the interpreter cannot do."""
+    magnitudes = torch.arange(128)
+    bits = torch.cat([magnitudes, magnitudes | 1 << 15]) | 0x7F00
+    left = (bits & FIRST_MASK).to(torch.int32).sub(((bits >> 15) << 16).int()).to(torch.int16)
+    widened = left.view(dtype) * torch.tensor(half.factor, dtype=dtype)
+    assert widened.dtype == dtype
+    assert torch.equal(widened.float() * half.unit, torch.cat([magnitudes, -magnitudes]).float())
 
 
-@pytest.mark.parametrize("dtype", SMALLEST, ids=str)
-def test_an_integer_is_what_a_mask_leaves_of_its_pair(dtype: torch.dtype) -> None:
+def test_an_integer_is_what_a_mask_leaves_of_its_pair() -> None:
     n, k = 40, 150
     values = torch.randint(-127, 128, (n, k), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     values[0, :3] = torch.tensor([127, -127, 0], dtype=torch.int8)
@@ -41,7 +55,8 @@ def test_an_integer_is_what_a_mask_leaves_of_its_pair(dtype: torch.dtype) -> Non
             bits, _, second = pair(kept, row, column, k)
             if second:
                 bits = bits >> 8 | (bits & 0xFF) << 8
-            assert number(bits & 0x807F, dtype) == values[row, column]
+            left = bits & FIRST_MASK
+            assert (-(left & 0x7F) if left >> 15 else left) == values[row, column]
 
 
 def test_every_integer_beside_every_other() -> None:

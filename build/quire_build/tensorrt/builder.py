@@ -19,7 +19,6 @@ from quire.user_cache import user_cache
 from quire_build.checkpoint import Checkpoint, checkpoint_weights
 from quire_build.engine_builder import KV_ELEMENT_BYTES, BuiltEngine, EngineOptions, Progress
 from quire_build.tensorrt.machine import this_gpu
-from quire_build.tensorrt.pairs import paired_columns
 from quire_build.workload import Workload
 
 if TYPE_CHECKING:
@@ -141,6 +140,9 @@ def weight_bytes(model: onnx.ModelProto, element_bytes: int, quantization: Quant
         element_bytes: of weights that stay in the model's type.
         quantization: of linear layers; None for none.
     """
+    # It needs torch, which an unchanged build does not start.
+    from quire_build.tensorrt.pairs import paired_columns
+
     linear = {node.input[1] for node in model.graph.node if node.op_type == "Gemm"}
     others = {name for node in model.graph.node for name in node.input if node.op_type != "Gemm"}
     total = 0

@@ -158,7 +158,8 @@ DEEP_FP8_GATED: tuple[Shape, ...] = (
     (128, 64, 128, 8, 6),
 )
 """Tiles for programs that may have nearly all shared memory of a multiprocessor: from 64 rows on, both
-operands of a matrix instruction come from there, and it takes that many stages for memory to keep up."""
+operands of a matrix instruction come from there unless weights are widened, and it takes that many stages for
+memory to keep up."""
 
 TMA_PLAIN: tuple[Shape, ...] = (
     (64, 192, 64, 4, 6),
@@ -177,11 +178,12 @@ TMA_NARROW_PLAIN: tuple[Shape, ...] = (
 )
 TMA_NARROW_GATED: tuple[Shape, ...] = ((128, 64, 128, 8, 5), (128, 128, 128, 8, 4))
 """Tiles that the tensor memory accelerator moves, with as much shared memory."""
-SCALED_FIRST: tuple[tuple[Shape, ...], tuple[Shape, ...]] = (
+SCALED_FIRST_TILES: tuple[tuple[Shape, ...], tuple[Shape, ...]] = (
     ((256, 128, 64, 8, 4),),
     ((128, 64, 64, 8, 4), (256, 64, 64, 8, 4)),
 )
-"""Tiles of plain layers and of gated ones whose weights are widened, with registers for one sum alone."""
+"""Tiles of plain layers and of gated ones whose weights are widened, with registers for one sum alone. Scaled
+weights go through shared memory, which `tile_bytes` has room for."""
 ROW_ALIGNMENT = 16
 """Bytes that rows take multiples of, where the accelerator is to move them."""
 
@@ -225,9 +227,10 @@ def tiles(
         multiprocessors: of the GPU.
     """
     shapes, moved = DEEP[operands][gated], MOVED[operands][gated]
-    scaled_first = SCALED_FIRST[gated] if operands == "widened" else ()
+    scaled_first = SCALED_FIRST_TILES[gated] if operands == "widened" else ()
     if max(tile_bytes(shape, gated, operands) for shape in (*shapes, *scaled_first, *moved)) > shared_bytes:
-        # As much shared memory as moved tiles want have GPUs from Hopper on, which have the accelerator.
+        # As much shared memory as moved tiles want have GPUs from Hopper on, which have the accelerator; deep
+        # tiles of widened weights fit Ampere's large GPUs too.
         shapes, scaled_first, moved = SHALLOW[operands][gated], (), ()
     if k * (2 if operands == "wide" else 1) % ROW_ALIGNMENT:
         moved = ()

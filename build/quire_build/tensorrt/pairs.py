@@ -14,12 +14,33 @@ at a time is one piece of memory.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from quire_build.quantization import WEIGHT_GROUP
 
 ROWS_TOGETHER = 32
+FIRST_MASK = 0x807F
+"""The bits of a pair that are its first integer."""
+
+
+@dataclass(frozen=True)
+class HalfPrecision:
+    """How integers are made of what a mask leaves, in one type of half precision.
+
+    Attributes:
+        factor: makes a normal number of it, exactly; the type has this number.
+        unit: what is then multiplied with this is the integer.
+    """
+
+    factor: float
+    unit: float
+
+
+BFLOAT16, FLOAT16 = HalfPrecision(2.0**127, 2.0**6), HalfPrecision(2.0**15, 2.0**9)
+"""1 over their products are the smallest numbers of the types."""
 
 
 def paired_columns(k: int) -> int:

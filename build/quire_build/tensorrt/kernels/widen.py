@@ -1,9 +1,9 @@
 """Products with weights of eight bits and rows of the model's type: the weights are widened on their way.
 
-Reading the weights is what such a product is for, so widening must cost less than that. Two numbers are made
-of 16 bits by a few operations on whole registers (`quire_build.tensorrt.pairs`), and multiplied without a way
-through shared memory: the matrix unit takes its first operand from registers, so the weights are the first,
-and the result is turned over at the end.
+Reading the weights is what takes the time of few rows, so widening must cost less than that. Two numbers are
+made of 16 bits by a few operations on whole registers (`quire_build.tensorrt.pairs`), and multiplied without
+a way through shared memory, unless they are scaled first: Hopper's matrix unit takes its first operand from
+registers, so the weights are the first, and the result is turned over at the end.
 """
 
 # Compile-time constants are written in capitals, as everywhere in the Triton language, which has no types:
@@ -18,13 +18,14 @@ import triton.language as tl
 from quire_build.tensorrt import pairs
 
 ROWS_TOGETHER = tl.constexpr(pairs.ROWS_TOGETHER)
-FIRST_MASK = tl.constexpr(0x807F - 0x10000)
-"""The bits of a pair that its first integer takes."""
+FIRST_MASK = tl.constexpr(pairs.FIRST_MASK - 0x10000)
+BFLOAT16_FACTOR, BFLOAT16_UNIT = tl.constexpr(pairs.BFLOAT16.factor), tl.constexpr(pairs.BFLOAT16.unit)
+FLOAT16_FACTOR, FLOAT16_UNIT = tl.constexpr(pairs.FLOAT16.factor), tl.constexpr(pairs.FLOAT16.unit)
 
 
 @triton.jit
 def widened(pair, dtype: tl.constexpr, FLOAT: tl.constexpr):
-    """Both numbers of pairs, int16, in the rows' type; of integers as multiples of `unit`."""
+    """Both numbers of pairs, int16, in the rows' type, over `unit`."""
     if FLOAT:
         first = pair.to(tl.int8).to(tl.float8e4nv, bitcast=True)
         second = (pair >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True)
@@ -34,23 +35,22 @@ def widened(pair, dtype: tl.constexpr, FLOAT: tl.constexpr):
         first, second = first.to(dtype), second.to(dtype)
     else:
         half: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
-        LARGE: tl.constexpr = 2.0**127 if dtype == tl.bfloat16 else 2.0**15
+        FACTOR: tl.constexpr = BFLOAT16_FACTOR if dtype == tl.bfloat16 else FLOAT16_FACTOR
         exchanged = ((pair >> 8) & 0xFF) | (pair << 8)
-        # What the bits say is too small for anything, and becomes normal by the factor.
-        first = (pair & FIRST_MASK).to(half, bitcast=True).to(dtype) * LARGE
-        second = (exchanged & FIRST_MASK).to(half, bitcast=True).to(dtype) * LARGE
+        first = (pair & FIRST_MASK).to(half, bitcast=True).to(dtype) * FACTOR
+        second = (exchanged & FIRST_MASK).to(half, bitcast=True).to(dtype) * FACTOR
     return first, second
 
 
 @triton.jit
 def unit(dtype: tl.constexpr, FLOAT: tl.constexpr):
-    """What 1 is divided by where numbers are widened to a type."""
-    return 1.0 if FLOAT else (2.0**6 if dtype == tl.bfloat16 else 2.0**9)
+    """What widened numbers are multiplied with to be those that were kept."""
+    return 1.0 if FLOAT else (BFLOAT16_UNIT if dtype == tl.bfloat16 else FLOAT16_UNIT)
 
 
 @triton.jit
 def _read_scales(place, group, mask, WIDTH: tl.constexpr, GROUPS: tl.constexpr, LAST: tl.constexpr):
-    """The scales of so many groups of inputs, a tuple; places hold the first group's."""
+    """The scales of so many groups of inputs from one on, a tuple; ``place`` is where the first's are."""
     scales = ()
     for ahead in tl.static_range(GROUPS):
         scales += (tl.load(place + min(group + ahead, LAST) * WIDTH, mask=mask, other=0.0),)
