@@ -3,11 +3,13 @@
 ``python tests/benchmarks/precision.py [--checkpoint DIR] [--plans]`` prints JSON. Every row is the torch
 module against itself, rounded as the row says; none is an engine. With --plans only what a plan can be, in
 bf16, fp16 and eight bits; the other rows are calibrated, which needs ``pip install 'quire[quantize]'``.
+"Scaled first" are weights that the kernels' largest tiles multiply with: rounded to bf16 with their scales.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import nn
 
 from quire.execution.manifest import EngineLimits, GateReport, Precision
 from quire_build.calibration import calibrate
@@ -63,8 +66,20 @@ def sides(
             what = "weights, inputs by token, as in a plan" if quantization.inputs else "weights in groups"
             for head in (False, True):
                 decoder = plan_decoder(plain, quantization, head=head)
-                row = f"{quantization.narrow} {what}{', head too' if head else ''}, against {name}"
-                yield row, precision, against, (decoder, torch.bfloat16)
+                row = f"{quantization.narrow} {what}{', head too' if head else ''}"
+                yield f"{row}, against {name}", precision, against, (decoder, torch.bfloat16)
+                if head and not quantization.inputs:
+                    scaled_first = (with_rounded_weights(decoder), torch.bfloat16)
+                    yield f"{row}, scaled first, against {name}", precision, against, scaled_first
+
+
+def with_rounded_weights(decoder: Decoder) -> Decoder:
+    """A copy whose linear layers have weights of bf16."""
+    rounded = copy.deepcopy(decoder)
+    for linear in rounded.modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight = nn.Parameter(linear.weight.bfloat16().float(), requires_grad=False)
+    return rounded
 
 
 def main() -> None:

@@ -379,7 +379,7 @@ def test_k_is_split_until_every_multiprocessor_has_its_programs(
 
 
 def test_widened_weights_take_registers_for_two_sums() -> None:
-    """So where tiles of 64 x 64 are not, those are large already: two programs on each."""
+    """With those a tile of 64 by 64 is a large one, of which two and not three run on a multiprocessor."""
     cut = tiles(4096, 14336, False, "widened", HOPPER_SHARED_BYTES, multiprocessors=132)
     assert [(tile.block_m, tile.splits) for tile in cut if tile.block_n == 64] == [
         (16, 6), (32, 6), (64, 4), (128, 2)

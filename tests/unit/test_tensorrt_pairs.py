@@ -9,9 +9,9 @@ from torch import Tensor
 from quire_build.quantization import WEIGHT_GROUP
 from quire_build.tensorrt.pairs import (
     BFLOAT16,
+    BLOCK_CHANNELS,
     FIRST_MASK,
     FLOAT16,
-    ROWS_TOGETHER,
     HalfPrecision,
     paired,
     paired_columns,
@@ -24,8 +24,8 @@ def pair(kept: Tensor, row: int, column: int, k: int) -> tuple[int, int, int]:
     """The 16 bits that a number is in, the other input there, and whether it is the second, by definition."""
     groups = -(-k // WEIGHT_GROUP)
     group, place = divmod(column, WEIGHT_GROUP)
-    block, line = divmod(row, ROWS_TOGETHER)
-    index = ((block * groups + group) * ROWS_TOGETHER + line) * HALF + place % HALF
+    block, line = divmod(row, BLOCK_CHANNELS)
+    index = ((block * groups + group) * BLOCK_CHANNELS + line) * HALF + place % HALF
     other = group * WEIGHT_GROUP + (place + HALF) % WEIGHT_GROUP
     return int(kept.flatten().view(torch.int16)[index]) & 0xFFFF, other, place // HALF
 
@@ -39,8 +39,8 @@ def test_what_a_mask_leaves_becomes_the_integer_in_half_precision(
     """The kernel's arithmetic in the type that it computes in, which the interpreter cannot do."""
     magnitudes = torch.arange(128)
     bits = torch.cat([magnitudes, magnitudes | 1 << 15]) | 0x7F00
-    left = (bits & FIRST_MASK).to(torch.int32).sub(((bits >> 15) << 16).int()).to(torch.int16)
-    widened = left.view(dtype) * torch.tensor(half.factor, dtype=dtype)
+    left = ((bits & FIRST_MASK) ^ 0x8000) - 0x8000  # as int16 reads it
+    widened = left.to(torch.int16).view(dtype) * torch.tensor(half.factor, dtype=dtype)
     assert widened.dtype == dtype
     assert torch.equal(widened.float() * half.unit, torch.cat([magnitudes, -magnitudes]).float())
 
@@ -62,8 +62,8 @@ def test_an_integer_is_what_a_mask_leaves_of_its_pair() -> None:
 def test_every_integer_beside_every_other() -> None:
     every = torch.arange(-127, 128, dtype=torch.int8)
     first, second = torch.cartesian_prod(every, every).T
-    groups = -(-len(first) // (ROWS_TOGETHER * HALF))
-    values = torch.zeros(ROWS_TOGETHER, groups * WEIGHT_GROUP, dtype=torch.int8)
+    groups = -(-len(first) // (BLOCK_CHANNELS * HALF))
+    values = torch.zeros(BLOCK_CHANNELS, groups * WEIGHT_GROUP, dtype=torch.int8)
     places = values.view(-1, 2, HALF)
     for half, numbers in enumerate((first, second)):
         filled = torch.zeros(places[:, half].numel(), dtype=torch.int8)
@@ -73,7 +73,7 @@ def test_every_integer_beside_every_other() -> None:
     exchanged = kept >> 8 & 0xFF | kept << 8
     both = torch.stack([kept & 0x807F, exchanged & 0x807F])
     back = torch.where(both & 0x8000 != 0, -(both & 0x7F), both & 0x7F)
-    back = back.view(2, groups, ROWS_TOGETHER, HALF).permute(2, 1, 0, 3).reshape(values.shape)
+    back = back.view(2, groups, BLOCK_CHANNELS, HALF).permute(2, 1, 0, 3).reshape(values.shape)
     assert torch.equal(back.to(torch.int8), values)
 
 
@@ -93,7 +93,7 @@ def test_what_is_added_is_zero(n: int, k: int) -> None:
     kept = paired(torch.full((n, k), -127, dtype=torch.int8))
     assert kept.dtype == torch.int32
     columns = paired_columns(k)
-    assert kept.shape == (-(-n // ROWS_TOGETHER) * ROWS_TOGETHER, columns // 4)
+    assert kept.shape == (-(-n // BLOCK_CHANNELS) * BLOCK_CHANNELS, columns // 4)
     assert columns % WEIGHT_GROUP == 0 and columns - k < WEIGHT_GROUP
     magnitudes = kept.view(torch.int16).int() & 0x7F7F
     assert int((magnitudes & 0x7F).sum() + (magnitudes >> 8).sum()) == 127 * n * k

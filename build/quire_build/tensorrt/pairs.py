@@ -6,8 +6,8 @@ the high one. Integers are kept as signs and magnitudes, and the signs are excha
 bits by & 0x807F is then a number of half precision, the first integer as a multiple of the smallest that the
 type has; with the bytes exchanged, it is the second.
 
-**Blocks.** ROWS_TOGETHER output channels lie together, group by group of inputs, so that what a program reads
-at a time is one piece of memory.
+**Blocks.** BLOCK_CHANNELS output channels lie together, group by group of inputs, so that what a program
+reads at a time is one piece of memory.
 
 `quire_build.tensorrt.kernels.widen` reads them.
 """
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from quire_build.quantization import WEIGHT_GROUP
 
-ROWS_TOGETHER = 32
+BLOCK_CHANNELS = 32
+"""Output channels of a block."""
 FIRST_MASK = 0x807F
 """The bits of a pair that are its first integer."""
 
@@ -55,12 +56,12 @@ def paired(values: Tensor) -> Tensor:
         values: [n, k], e4m3 or int8 without -128.
 
     Returns:
-        int32 [n to a multiple of ROWS_TOGETHER, paired_columns(k) / 4]; what is added is zero.
+        int32 [n to a multiple of BLOCK_CHANNELS, paired_columns(k) / 4]; what is added is zero.
     """
     n, k = values.shape
     columns = paired_columns(k)
-    padded = nn.functional.pad(values.view(torch.int8), (0, columns - k, 0, -n % ROWS_TOGETHER))
-    blocks = padded.view(-1, ROWS_TOGETHER, columns // WEIGHT_GROUP, 2, WEIGHT_GROUP // 2)
+    padded = nn.functional.pad(values.view(torch.int8), (0, columns - k, 0, -n % BLOCK_CHANNELS))
+    blocks = padded.view(-1, BLOCK_CHANNELS, columns // WEIGHT_GROUP, 2, WEIGHT_GROUP // 2)
     first, second = blocks.transpose(1, 2).unbind(3)
     if values.dtype == torch.int8:
         first, second = first.abs() | second & -128, second.abs() | first & -128

@@ -333,7 +333,6 @@ def linear(
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
     row_mask = row < num_rows
     n_mask = n < N
 
@@ -377,6 +376,7 @@ def linear(
             WEIGHT_FLOAT, SCALED_FIRST, BLOCK_K,
         )  # fmt: skip
     else:
+        k = tl.arange(0, BLOCK_K)
         x_tile = x + row.to(tl.int64)[:, None] * K + k[None, :]
         w_tile = weight + w_row.to(tl.int64)[:, None] * K + k[None, :]
         acc = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.int32 if EXACT else tl.float32)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from quire_build.tensorrt import pairs
 
-ROWS_TOGETHER = tl.constexpr(pairs.ROWS_TOGETHER)
+BLOCK_CHANNELS = tl.constexpr(pairs.BLOCK_CHANNELS)
 FIRST_MASK = tl.constexpr(pairs.FIRST_MASK - 0x10000)
 BFLOAT16_FACTOR, BFLOAT16_UNIT = tl.constexpr(pairs.BFLOAT16.factor), tl.constexpr(pairs.BFLOAT16.unit)
 FLOAT16_FACTOR, FLOAT16_UNIT = tl.constexpr(pairs.FLOAT16.factor), tl.constexpr(pairs.FLOAT16.unit)
@@ -94,7 +94,7 @@ def widened_product(
     k = tl.arange(0, PAIRS)
     rows_x = x + row.to(tl.int64)[:, None] * K + k[None, :]
     row_mask = (row < num_rows)[:, None]
-    block = channel.to(tl.int64) // ROWS_TOGETHER * (ALL_GROUPS * ROWS_TOGETHER) + channel % ROWS_TOGETHER
+    block = channel.to(tl.int64) // BLOCK_CHANNELS * (ALL_GROUPS * BLOCK_CHANNELS) + channel % BLOCK_CHANNELS
     rows_w = weight.to(tl.pointer_type(tl.int16), bitcast=True) + block[:, None] * PAIRS + k[None, :]
     UNIT: tl.constexpr = unit(x.dtype.element_ty, FLOAT)
 
@@ -120,7 +120,7 @@ def widened_product(
                 first_mask = row_mask & (start + k < K)[None, :]
                 second_mask = row_mask & (start + PAIRS + k < K)[None, :]
             w = tl.load(
-                rows_w + of_w * (ROWS_TOGETHER * PAIRS), mask=channel_mask[:, None], other=0,
+                rows_w + of_w * (BLOCK_CHANNELS * PAIRS), mask=channel_mask[:, None], other=0,
                 eviction_policy="evict_first",
             )  # fmt: skip
             a = tl.load(rows_x + start, mask=first_mask, other=0.0)
