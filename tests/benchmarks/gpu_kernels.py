@@ -14,6 +14,7 @@ that no cache helps.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,18 +32,25 @@ from quire_build.paged_attention import paged_attention_in_place
 from quire_build.rope import cosine_and_sine
 from quire_build.tensorrt.operators import (
     MODEL,
+    AssignSplits,
     KvWrite,
     Launch,
     Operator,
     PagedAttend,
     PlainArithmetic,
-    paged_attend,
+    assign_splits,
 )
 
 HEAD_DIM, BLOCK_SIZE, SCALE = 128, 16, 128**-0.5
 MODELS = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32)}
 """Heads and KV heads."""
-BATCHES, CONTEXTS, CHUNKS = (1, 8, 32, 64, 128, 256), (200, 2_000, 16_000), (512, 2_048, 8_192)
+CONTEXTS: dict[int, tuple[int, ...]] = {
+    200: (1, 8, 32, 64, 128, 256, 512, 1_024),
+    2_000: (1, 8, 32, 64, 128, 256),
+    16_000: (1, 8, 32, 64, 128, 256),
+}
+"""Tokens of each context, and how many decode rows have one."""
+CHUNKS = (512, 2_048, 8_192)
 LAYERS = (32, 8, 2, 1)
 """Of the pool: as many as the context leaves room for."""
 READ_BYTES = 256 << 20
@@ -52,13 +60,14 @@ SPARED_BYTES = 12 << 30
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"FEW_KEYS": 64, "FEW_STAGES": 2},
     {"max_registers": None},
-    {"MIN_SPLIT": 64},
-    {"MIN_SPLIT": 256},
-    {"MIN_SPLIT": 512},
+    {"ROW_MIN_SPLIT": 64},
+    {"ROW_MIN_SPLIT": 256},
+    {"TILE_MIN_SPLIT": 512},
+    {"TILE_MIN_SPLIT": 2048},
+    {"LONG_SPLIT": 1024},
     {"PROGRAMS_WANTED": 528},
     {"PROGRAMS_WANTED": 132},
-    {"LONG_SPLIT": 1024},
-    {"LONG_SPLIT": 1 << 20},
+    {"AT_A_TIME": 1 << 20},
     {"num_warps": 8},
     {"ROW_KEYS": 16, "ROW_STAGES": 3},
     {"ROW_KEYS": 64, "ROW_STAGES": 1},
@@ -152,8 +161,8 @@ def prepare(
 ) -> tuple[Callable[[], object], list[Tensor]]:
     """What launches the operator, and its outputs."""
     shapes = [tuple(tensor.shape) for tensor in inputs]
-    wanted = settings.get("PROGRAMS_WANTED", paged_attend.PROGRAMS_WANTED)
-    with mock.patch.object(paged_attend, "PROGRAMS_WANTED", wanted):
+    wanted = settings.get("PROGRAMS_WANTED", assign_splits.PROGRAMS_WANTED)
+    with mock.patch.object(assign_splits, "PROGRAMS_WANTED", wanted):
         launch: Launch = operator.launch(shapes, PlainArithmetic())
         described = operator.outputs(shapes)
     launch = replace(
@@ -180,6 +189,15 @@ def prepare(
 def integers(values: Sequence[int]) -> Tensor:
     """int32 on the GPU."""
     return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def assigned_splits(
+    heads: int, kv_heads: int, starts: Tensor, lengths: Tensor, settings: Mapping[str, Any]
+) -> list[Tensor]:
+    """How a step's contexts are split."""
+    run, outputs = prepare(AssignSplits(heads, kv_heads, HEAD_DIM, 0), [starts, lengths], settings)
+    run()
+    return outputs
 
 
 def draw_tables(step: Step, num_blocks: int) -> Tensor:
@@ -216,13 +234,14 @@ def step_time_ms(heads: int, pool: Tensor, step: Step, settings: Mapping[str, An
     read = sum(step.seq_lens) * 2 * kv_heads * HEAD_DIM * pool.element_size()
     launches = max(layers, min(MOST_LAUNCHES, -(-READ_BYTES // read)))
     state, starts, lengths = new_state(blocks), starts_of(step), integers(step.seq_lens)
+    splits = assigned_splits(heads, kv_heads, starts, lengths, settings)
     query = torch.randn(tokens, heads, HEAD_DIM, device="cuda").to(torch.bfloat16)
     every: list[Callable[[], object]] = []
     for i in range(launches):
         if i % layers == 0:
             tables = draw_tables(step, blocks)
         attend = attend_operator(heads, pool, i % layers)
-        every.append(prepare(attend, [query, tables, starts, lengths, pool, state], settings)[0])
+        every.append(prepare(attend, [query, tables, starts, lengths, *splits, pool, state], settings)[0])
 
     def run_all(_stream: int) -> None:
         for launch in every:
@@ -232,16 +251,19 @@ def step_time_ms(heads: int, pool: Tensor, step: Step, settings: Mapping[str, An
 
 
 def check(results: Results, pool: Pool) -> None:
-    """A mixed step of decode rows, split and not, and chunks, against float32 torch."""
-    step = Step((1, 1, 1, 300, 3, 1), (5_000, 17, 1, 300, 900, 40))
-    for name, (heads, kv_heads) in MODELS.items():
+    """Mixed steps of decode rows, split and not, and chunks, against float32 torch."""
+    mixed = Step((1, 1, 1, 300, 3, 1), (5_000, 17, 1, 300, 900, 40))
+    # So many that KV heads share tiles.
+    many = Step((1,) * 300, (*range(1, 300), 3_000))
+    for (name, (heads, kv_heads)), step in itertools.product(MODELS.items(), (mixed, many)):
         cache = pool.view(kv_heads, 2)
         tables, starts, lengths = draw_tables(step, cache.shape[0]), starts_of(step), integers(step.seq_lens)
         tokens = sum(step.query_lens)
         query = torch.randn(tokens, heads, HEAD_DIM, device="cuda").to(torch.bfloat16)
         state = new_state(cache.shape[0])
+        splits = assigned_splits(heads, kv_heads, starts, lengths, {})
         run, outputs = prepare(
-            attend_operator(heads, cache, 1), [query, tables, starts, lengths, cache, state], {}
+            attend_operator(heads, cache, 1), [query, tables, starts, lengths, *splits, cache, state], {}
         )
         repeats = []
         for _ in range(3):
@@ -261,6 +283,7 @@ def check(results: Results, pool: Pool) -> None:
         error = (outputs[0].float() - expected).norm() / expected.norm()
         results.add(
             check=name,
+            tokens=tokens,
             kv=str(cache.dtype),
             relative_error=float(error),
             repeats_equal=all(torch.equal(repeats[0], other) for other in repeats),
@@ -310,10 +333,12 @@ def cases() -> list[tuple[str, str, Step]]:
     for name in MODELS:
         found += [
             (name, f"decode {n} x {context}", Step((1,) * n, (context,) * n))
-            for context in CONTEXTS
-            for n in BATCHES
+            for context, batches in CONTEXTS.items()
+            for n in batches
         ]
-        found.append((name, "decode 63 x 200 and 1 x 16000", Step((1,) * 64, (200,) * 63 + (16_000,))))
+        for n in (64, 256):
+            lens = (200,) * (n - 1) + (16_000,)
+            found.append((name, f"decode {n - 1} x 200 and 1 x 16000", Step((1,) * n, lens)))
         found += [(name, f"prefill {n}", Step((n,), (n,))) for n in CHUNKS]
         found.append((name, "prefill 512 after 8000", Step((512,), (8_512,))))
         found.append((name, "prefill 200 and decode 15 x 200", Step((1,) * 15 + (200,), (200,) * 16)))

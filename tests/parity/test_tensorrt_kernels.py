@@ -24,8 +24,9 @@ from quire.execution.engine_state import (
     STEP_SIZE_BYTE,
     engine_state_elements,
 )
+from quire_build.tensorrt.kernels.assign_splits import SPARES
 from quire_build.tensorrt.kernels.kv_write import Heads, kv_write
-from quire_build.tensorrt.kernels.paged_attention import paged_attention
+from quire_build.tensorrt.kernels.paged_attention import _heads_together, paged_attention
 from quire_build.tensorrt.operators import in_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -133,31 +134,44 @@ def run_attention(
     num_splits: int,
     block_m: int,
     block_n: int,
-    split_rows: set[int] | None = None,
+    split_tiles: set[int] | None = None,
+    at_a_time: int = 1 << 20,
 ) -> torch.Tensor:
     """The kernel in tiles of `block_m` rows, or 16 where that is enough, and `block_n` keys.
 
-    Tokens whose context was split are added to `split_rows`.
+    Every tile gets `num_splits` splits. Those whose context was split are added to `split_tiles`.
     """
     tokens, seqs = query.shape[0], len(step.seq_lens)
     group = layout.heads // layout.kv_heads
     padded = max(16, 1 << (layout.head_dim - 1).bit_length())
+    per_tile = block_m // group
+    tiles = seqs + (tokens - seqs) // per_tile
+    assigned, seq_spares = [], []
+    for seq, (start, query_len) in enumerate(
+        zip(step.query_start_loc.tolist(), step.query_lens, strict=False)
+    ):
+        seq_spares.append(len(assigned) * int(SPARES) + num_splits - 1)
+        first = seq + (start - seq) // per_tile
+        for tile in range(first, first + -(-query_len // per_tile)):
+            assigned += [tile] * (num_splits - 1)
+    spare = 1 << (max(len(assigned), num_splits) - 1).bit_length()
+    assigned += [-1] * (spare - len(assigned))
     out = torch.full_like(query, math.nan)
-    partial_out = torch.full((tokens, num_splits, layout.heads, layout.head_dim), math.nan)
-    partial_lse = torch.full((tokens, num_splits, layout.heads), math.nan)
-    grid = (seqs + (tokens - seqs) // (block_m // group), layout.kv_heads, num_splits)
-    paged_attention[grid](
+    scratch = (per_tile, 2 * spare, layout.heads)
+    partial_out = torch.full((*scratch, layout.head_dim), math.nan)
+    partial_lse = torch.full(scratch, math.nan)
+    paged_attention[((spare + tiles) * layout.kv_heads,)](
         query.contiguous(),
         step.block_tables,
         step.query_start_loc,
         torch.tensor(step.seq_lens, dtype=torch.int32),
+        torch.tensor(assigned, dtype=torch.int32),
+        torch.tensor(seq_spares, dtype=torch.int32),
         step.pool,
         step.state,
         tokens,
         seqs,
         step.block_tables.shape[1],
-        num_splits,
-        max(1, num_splits // 2),
         layer,
         out,
         partial_out,
@@ -181,18 +195,18 @@ def run_attention(
         FEW_ROWS=16,
         FEW_KEYS=16,
         FEW_STAGES=2,
+        AT_A_TIME=at_a_time,
+        MOST_HEADS=max(1, 1 << (16 // group).bit_length() - 1),
         WHOLE=WHOLE,
-        MIN_SPLIT=16,
-        LONG_SPLIT=32,
-        MAX_SPLITS=4,
+        NUM_SPARE=spare,
         COMBINED_ROWS=2,
         COMBINED_SPLITS=2,
     )
     counters = step.state.view(torch.int32)[COUNTERS_BYTE // 4 :][:NUM_COUNTERS]
     assert not counters.any(), "a counter was left behind"
-    if split_rows is not None:
-        written = ~partial_out.isnan().flatten(1).all(1)
-        split_rows.update(written.nonzero().flatten().tolist())
+    if split_tiles is not None:
+        written = ~partial_lse[:, spare:].isnan().all(2).all(0)
+        split_tiles.update(assigned[place] for place in written.nonzero().flatten().tolist())
     return out
 
 
@@ -228,9 +242,36 @@ def test_a_short_context_is_not_split() -> None:
     rng = np.random.default_rng(5)
     step = make_step(rng, layout, [1, 1, 1], [WHOLE - 1, 2 * WHOLE, WHOLE])
     query = torch.from_numpy(rng.standard_normal((3, 4, 16)).astype(np.float32))
-    split_rows: set[int] = set()
-    run_attention(query, step, layout, 0, 4, 16, 16, split_rows)
-    assert split_rows == {1, 2}
+    split_tiles: set[int] = set()
+    run_attention(query, step, layout, 0, 4, 16, 16, split_tiles)
+    assert split_tiles == {1, 2}
+
+
+@pytest.mark.parametrize("layout", [Layout(8, 8, 16, 8), Layout(10, 5, 24, 8), Layout(8, 8, 16, 8, window=9)])
+def test_short_contexts_are_attended_to_for_several_kv_heads_at_a_time(layout: Layout) -> None:
+    """Contexts of one key and of several fetches beside long ones, which are split, and chunks."""
+    rng = np.random.default_rng(layout.heads)
+    step = make_step(rng, layout, [1, 1, 6, 1, 1], [WHOLE - 1, 2 * WHOLE, 3, 0, 17])
+    query = torch.from_numpy(rng.standard_normal((10, layout.heads, layout.head_dim)).astype(np.float32))
+    expected = reference_attention(query, step, layout, 1)
+    for splits, at_a_time in ((1, 1), (4, 1), (4, 30), (2, 45), (1, 60)):
+        got = run_attention(query, step, layout, 1, splits, 32, 16, at_a_time=at_a_time)
+        assert float((got.double() - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("contexts", "most", "together"),
+    [
+        *((1, 4, 1), (384, 4, 1), (512, 4, 1), (528, 4, 1), (768, 4, 2), (1024, 4, 2), (1536, 4, 1)),
+        *((2048, 4, 4), (3072, 4, 2), (4096, 4, 4), (6144, 4, 4), (8192, 4, 4), (1024, 16, 2)),
+        *((1536, 16, 1), (2048, 16, 4), (3072, 16, 2), (6144, 16, 4), (8192, 16, 16), (12288, 16, 8)),
+        *((16384, 16, 16), (4096, 1, 1), (600, 1, 1), (700, 16, 2)),
+    ],
+)
+def test_heads_share_a_tile_where_the_gpu_cannot_run_all_programs_at_once(
+    contexts: int, most: int, together: int
+) -> None:
+    assert int(_heads_together(contexts, 528, most)) == together
 
 
 def test_attention_over_random_steps() -> None:
@@ -252,7 +293,8 @@ def test_attention_over_random_steps() -> None:
         shape = (sum(query_lens), layout.heads, layout.head_dim)
         query = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
         rows, keys = int(rng.choice([16, 32])), int(rng.choice([16, 32]))
-        got = run_attention(query, step, layout, 0, int(rng.integers(1, 5)), rows, keys)
+        splits, at_a_time = int(rng.integers(1, 5)), int(rng.choice([1, 4, 100]))
+        got = run_attention(query, step, layout, 0, splits, rows, keys, at_a_time=at_a_time)
         expected = reference_attention(query, step, layout, 0)
         assert float((got.double() - expected).norm() / expected.norm()) < 1e-5
 
@@ -404,7 +446,7 @@ def test_kv_write_leaves_the_null_block_and_everything_outside_alone() -> None:
 PTX_SCRIPT = r"""
 import re
 from quire_build.tensorrt.kernels.compiled import compile_kernel
-from quire_build.tensorrt.operators import KvWrite, PagedAttend, PlainArithmetic, StepBegin
+from quire_build.tensorrt.operators import AssignSplits, KvWrite, PagedAttend, PlainArithmetic, StepBegin
 
 pool = dict(layer=0, num_layers=32, head_dim=128, block_size=16, max_blocks=60000, blocks_per_pool=30000)
 long = dict(head_dim=256)
@@ -412,13 +454,14 @@ norms = dict(max_positions=8192, epsilon=1e-6)
 bf16, fp8 = dict(kv_element_bytes=2), dict(kv_element_bytes=1)
 attend = dict(window=0, scale=0.1)
 tokens = [(64, 6144), (2, 128), (8192, 128), (64,), (64,), (1,), (1,)]
-rows = [(64, 32, 128), (64, 9), (65,), (64,), (1,), (1,)]
+rows = [(64, 32, 128), (64, 9), (65,), (64,), (64,), (64,), (1,), (1,)]
 operators = [
     (KvWrite(**pool, **bf16, **norms, num_pools=1, num_heads=32, num_kv_heads=8), tokens),
     (PagedAttend(**pool, **bf16, **attend, num_pools=1, num_heads=32, num_kv_heads=8), rows),
     (PagedAttend(**pool, **bf16, **attend, num_pools=2, num_heads=32, num_kv_heads=32), rows),
     (PagedAttend(**(pool | long), **bf16, **attend, num_pools=1, num_heads=16, num_kv_heads=8), rows),
     (StepBegin(128256, 2, 2, 60000, 256), [(64,)]),
+    (AssignSplits(32, 8, 128, 0), [(65,), (64,)]),
 ]
 narrow = [
     (KvWrite(**pool, **fp8, **norms, num_pools=1, num_heads=32, num_kv_heads=8), tokens),
@@ -442,7 +485,9 @@ for arch, (operator, shapes) in cases:
         assert ("satfinite.e4m3x2" in compiled.ptx) == (operator.kv_element_bytes == 1)
     if isinstance(operator, PagedAttend):
         fetches = re.findall(r"cp\.async\.c\w\.shared\.global \[[^;]*\], (0x\w+)", compiled.ptx)
-        assert fetches and set(fetches[:8]) == {"0x10"}, "keys are not fetched ahead by 16 bytes"
+        # Full tiles fetch single bytes by 8.
+        wide = fetches.count("0x10") / len(fetches)
+        assert wide == 1 or operator.kv_element_bytes == 1 and wide > 0.6, "keys are not fetched by 16 bytes"
         assert (launch.max_registers == 128) == (operator.head_dim == 128)
     print(arch, compiled.name, compiled.threads, compiled.shared_bytes)
 try:
@@ -465,7 +510,7 @@ def test_kernels_compile_for_ampere_ada_and_hopper(tmp_path: object) -> None:
     )
     assert done.returncode == 0, done.stderr
     *compiled, refusal = done.stdout.splitlines()
-    assert len(compiled) == 13
+    assert len(compiled) == 14
     _, name, _, shared_bytes = compiled[-1].split()
     assert refusal.startswith(f"kernel {name} wants {shared_bytes} bytes of shared memory; ")
     assert f"can give it {int(shared_bytes) - 1}" in refusal

@@ -133,6 +133,13 @@ class KvWrite(OpRun):
         return run_node(operators.KvWrite, self.onnx_node, [*inputs, new_state()], attributes)
 
 
+class AssignSplits(OpRun):
+    op_domain = "quire"
+
+    def _run(self, *inputs: Array, **attributes: Any) -> tuple[Array, ...]:
+        return run_node(operators.AssignSplits, self.onnx_node, inputs, attributes)
+
+
 class PagedAttend(OpRun):
     op_domain = "quire"
 
@@ -186,7 +193,9 @@ class Sample(OpRun):
         return run_node(operators.Sample, self.onnx_node, inputs, attributes)
 
 
-OPERATORS = [PagedAttention, StepBegin, ProjectQkv, KvWrite, PagedAttend, Quantize, Linear, Sample]
+OPERATORS = [
+    PagedAttention, StepBegin, AssignSplits, ProjectQkv, KvWrite, PagedAttend, Quantize, Linear, Sample,
+]  # fmt: skip
 
 
 def step() -> dict[str, Array]:
@@ -269,7 +278,9 @@ def test_quantised_rows_are_as_near_as_eight_bits_come(model: onnx.ModelProto) -
     layer = [
         "Quantize", "ProjectQkv", "PagedAttend", *("Quantize", "Linear") * 3
     ]  # fmt: skip
-    assert own == ["StepBegin", *layer, *layer, "Quantize", "Linear", "Sample"]
+    assert [kind for kind in own if kind != "AssignSplits"] == [
+        "StepBegin", *layer, *layer, "Quantize", "Linear", "Sample"
+    ]  # fmt: skip
     quantizers = [node for node in quantized.graph.node if node.op_type == "Quantize"]
     assert [attribute(node, "of_logits") for node in quantizers] == [0] * 8 + [1]
     expected, actual = logits(model), logits(quantized)
@@ -298,6 +309,10 @@ def test_lowered_graph_begins_and_samples_and_has_five_operators_a_layer(
     lower(lowered)
     own = [node.op_type for node in lowered.graph.node if node.domain == "quire"]
     layer = ["ProjectQkv", "PagedAttend", "Linear", "Linear", "Linear"]
+    splits = [node for node in lowered.graph.node if node.op_type == "AssignSplits"]
+    windows = [attribute(node, "window") for node in lowered.graph.node if node.op_type == "PagedAttend"]
+    assert [attribute(node, "window") for node in splits] == list(dict.fromkeys(windows)), "not once a window"
+    own = [kind for kind in own if kind != "AssignSplits"]
     assert own == ["StepBegin", *layer, *layer, "Linear", "Sample"]
     assert {node.op_type for node in lowered.graph.node if node.domain == ""} <= {
         "Gather", "Concat", "Mul", "Reshape", "ReduceSum", "Cast",

@@ -30,6 +30,7 @@ from quire.execution.engine_state import (
 from quire_build.paged_attention import paged_attention_in_place
 from quire_build.tensorrt.operators import (
     MODEL,
+    AssignSplits,
     KvWrite,
     Operator,
     PagedAttend,
@@ -241,7 +242,10 @@ def write_and_attend(
     torch.testing.assert_close(pool.content(), expected_pool, atol=1e-6, rtol=1e-5)
     written = tokens * 2 * model.kv_heads * model.head_dim
     assert pool.changed_since(before) <= written, "something besides the step's slots changed"
-    attended = run(paged_attend(model, pool, layer), [rotated, tables, starts, lengths, pool.parts[0], state])
+    splits = run(assign_splits(model), [starts, lengths])
+    attended = run(
+        paged_attend(model, pool, layer), [rotated, tables, starts, lengths, *splits, pool.parts[0], state]
+    )
     torch.testing.assert_close(attended[0][:tokens], expected, atol=1e-5, rtol=1e-4)
     assert attended[0][tokens:].isnan().all(), "tokens of no sequence were attended"
     assert not counters(state).any(), "a counter was left behind"
@@ -266,6 +270,10 @@ def project_qkv(model: Model, pool: CutPool, layer: int, hidden: int) -> Project
 
 def kv_write(model: Model, pool: CutPool, layer: int) -> KvWrite:
     return KvWrite(max_positions=MAX_POSITIONS, epsilon=EPSILON, **layout(model, pool, layer))
+
+
+def assign_splits(model: Model) -> AssignSplits:
+    return AssignSplits(model.heads, model.kv_heads, model.head_dim, model.window)
 
 
 def paged_attend(model: Model, pool: CutPool, layer: int) -> PagedAttend:
@@ -389,8 +397,11 @@ def test_garbage_integers_neither_crash_nor_hang_nor_touch_anything_else(dtype: 
         assert changed <= len(written) * 2 * 2 * 16
         assert bool(changed) == bool(written)
         tables, starts, lengths = draw((seqs, blocks)), draw((seqs + 1,)), draw((seqs,))
+        splits = run(assign_splits(model), [starts, lengths])
+        if attempt % 2:
+            splits = [draw(tuple(given.shape)) for given in splits]
         attended = run(
-            paged_attend(model, pool, 0), [rotated, tables, starts, lengths, pool.parts[0], state]
+            paged_attend(model, pool, 0), [rotated, tables, starts, lengths, *splits, pool.parts[0], state]
         )[0]
         assert attended.shape == (tokens, 4 * 16)
         assert not counters(state).any(), "a counter was left behind"
@@ -412,9 +423,10 @@ def test_attention_over_a_pool_of_few_bits_is_exact() -> None:
             integers([41, 35]),
         )
         query = torch.from_numpy(rng.standard_normal((36, 4, head_dim)).astype(np.float32))
-        attended = run(paged_attend(model, pool, 0), [query, tables, starts, lengths, pool.parts[0], state])[
-            0
-        ]
+        splits = run(assign_splits(model), [starts, lengths])
+        attended, *_ = run(
+            paged_attend(model, pool, 0), [query, tables, starts, lengths, *splits, pool.parts[0], state]
+        )
         kept = pool.content()[:, 0]
         positions = torch.cat([torch.tensor([40]), torch.arange(35)])
         blocks = torch.cat([tables[0, 2:], tables[1].repeat_interleave(16)[:35]]).long()
@@ -426,21 +438,75 @@ def test_attention_over_a_pool_of_few_bits_is_exact() -> None:
         torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_scratch_and_counters_hold_every_split_step() -> None:
-    """Partial results and counters have fixed sizes; no step of any shape may want more of them."""
+def test_scratch_and_counters_hold_every_split() -> None:
+    """Partial results and counters have fixed sizes; no step may want more of them."""
     for heads, kv_heads in ((32, 8), (28, 4), (4, 2), (64, 8), (32, 32), (40, 40), (8, 1), (71, 1)):
         attend = PagedAttend(0, 1, heads, kv_heads, 64, 16, 100, 1, 100, 2, 0, 0.125)
+        assign = AssignSplits(heads, kv_heads, 64, 0)
+        wanted = assign.launch([(2,), (1,)], PlainArithmetic()).constants
+        ((spare,), _), *_ = assign.outputs([(2,), (1,)])
+        assert spare == wanted["NUM_SPARE"]
+        assert spare * kv_heads <= NUM_COUNTERS
         for seqs in (1, 2, 3, 7, 16, 31, 64, 200, 512, 1024):
             for tokens in (seqs, seqs + 1, seqs + 13, seqs + 100, seqs + 700):
-                shapes = [(tokens, heads, 64), (seqs, 9), (seqs + 1,), (seqs,), (1,), (1,)]
-                _, (partial_out, _), _ = attend.outputs(shapes)
+                shapes = [(tokens, heads, 64), (seqs, 9), (seqs + 1,), (seqs,), (spare,), (seqs,), (1,), (1,)]
+                _, ((rows, *_), _), _ = attend.outputs(shapes)
                 launch = attend.launch(shapes, PlainArithmetic())
-                tiles, _, splits = launch.grid
-                assert 1 <= launch.integers[4] <= splits <= launch.constants["MAX_SPLITS"]
-                assert tiles >= max(seqs, tokens // (launch.constants["ROWS"] // (heads // kv_heads)))
-                if splits > 1:
-                    assert tokens * splits <= partial_out[0]
-                    assert tiles * kv_heads <= NUM_COUNTERS
+                tokens_per_tile = launch.constants["ROWS"] // (heads // kv_heads)
+                assert tokens_per_tile == wanted["TOKENS_PER_TILE"]
+                assert rows == 2 * spare * tokens_per_tile
+                assert launch.grid[0] - spare >= max(seqs, tokens // tokens_per_tile)
+
+
+def test_long_contexts_are_split_by_what_they_read() -> None:
+    """No tile of a short context is, each of a long one as often as its share of all keys is worth."""
+    rng = np.random.default_rng(14)
+    most = cut = 0
+    for attempt in range(60):
+        heads, kv_heads, window = int(rng.choice([1, 4, 71])), int(rng.choice([1, 2, 8])), 0
+        if attempt % 4 == 3:
+            window = int(rng.choice([100, 5000]))
+        assign = AssignSplits(heads * kv_heads, kv_heads, 64, window)
+        seqs = int(rng.choice([1, 2, 5, 130, 300]))
+        query_lens = np.where(rng.random(seqs) < 0.8, 1, rng.integers(1, 300, seqs))
+        longest = int(rng.choice([200, 1_000, 50_000]))
+        seq_lens = query_lens + np.where(rng.random(seqs) < 0.5, rng.integers(0, longest, seqs), 0)
+        padding = int(rng.choice([0, 3, 200]))
+        starts = [0, *np.cumsum(query_lens), *[query_lens.sum()] * padding]
+        spare_tiles, seq_spares = run(assign, [integers(starts), integers([*seq_lens, *[0] * padding])])
+        constants = assign.launch([(2,), (1,)], PlainArithmetic()).constants
+        per_tile, num_spare = constants["TOKENS_PER_TILE"], constants["NUM_SPARE"]
+        tiles = -(-query_lens // per_tile)
+        keys = np.minimum(seq_lens, window + per_tile) if window else seq_lens
+        total = int((tiles * keys).sum())
+        fair = -(-total // num_spare)
+        is_long = (query_lens == 1) & (keys > constants["LONG_SPLIT"])
+        long_share = max(-(-int(keys[is_long].sum()) // num_spare), constants["LONG_SPLIT"])
+        expected: list[int] = []
+        taken = 0
+        for seq, query_len in enumerate(query_lens.tolist()):
+            length = int(keys[seq])
+            if query_len == 1:
+                splits = max(length // max(fair, constants["ROW_MIN_SPLIT"]), -(-length // long_share))
+                splits = min(splits, constants["MOST"])
+            else:
+                splits = length // max(fair, constants["TILE_MIN_SPLIT"])
+            spares = max(splits - 1, 0) if length > constants["WHOLE"] else 0
+            if taken + spares * tiles[seq] > num_spare:
+                cut += 1
+                spares = 0
+            assert int(seq_spares[seq]) % 256 == spares
+            if spares:
+                assert int(seq_spares[seq]) // 256 == len(expected) == taken
+            taken += max(splits - 1, 0) * int(tiles[seq]) if length > constants["WHOLE"] else 0
+            first = seq + (starts[seq] - seq) // per_tile
+            for tile in range(first, first + tiles[seq]):
+                expected += [tile] * spares
+        assert len(expected) <= num_spare
+        assert spare_tiles.tolist() == expected + [-1] * (num_spare - len(expected))
+        most = max(most, len(expected))
+    assert most > 50
+    assert cut < 30, "places are too few for most steps"
 
 
 def begin_step(

@@ -69,7 +69,7 @@ def test_one_contexts_memory_holds_what_attention_and_sampling_write(model: Deco
     )
     tokens, seqs = LIMITS.max_num_batched_tokens, LIMITS.max_num_seqs
     query = (tokens, model.num_heads, model.head_dim)
-    attended = attend.outputs([query, (seqs, 256), (seqs + 1,), (seqs,), (1,), (1,)])
+    attended = attend.outputs([query, (seqs, 256), (seqs + 1,), (seqs,), (32,), (seqs,), (1,), (1,)])
     sampled = Sample(vocab_size=model.vocab_size, max_num_seqs=seqs).outputs([(seqs, model.vocab_size)])
     streams = 2 * tokens * model.hidden_size * 2
     assert activation_bytes(model, LIMITS, 2) >= num_bytes(attended) + num_bytes(sampled) + streams

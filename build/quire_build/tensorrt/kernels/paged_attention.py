@@ -5,7 +5,11 @@ one sequence, times the ``GROUP`` query heads that share a KV head, so that grou
 A tile with few rows, a decode row above all, takes a path of its own with as few rows as the tensor cores
 allow and longer strips of keys: such a tile waits for memory and nothing else.
 
-The context may be split over the launch's third axis; then the program that finishes a tile last combines the
+A decode row of one KV head leaves most of the smallest tile empty. Where contexts are short and many, a tile
+therefore holds the rows of several KV heads, whose keys come one head after another: a program waits for its
+first keys as long as it then takes to read 200 of them.
+
+`assign_splits` says which tiles' contexts are split. The program that finishes such a tile last combines the
 splits, always in the same order, so that the result does not depend on who that was. The programs of a tile
 count themselves in the engine's state: the counters start at zero and are left at zero.
 
@@ -24,6 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire_build.tensorrt.kernels.assign_splits import SPARES
 from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
 
 LARGEST_HALF = tl.constexpr(65504.0)
@@ -32,21 +37,19 @@ WARPGROUP_ROWS = tl.constexpr(64)
 """Rows from which on Hopper multiplies by warp groups, whose K and V come from shared memory."""
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "blocks_per_table", "num_splits", "few_splits", "layer"]
-)
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "blocks_per_table", "layer"])
 def paged_attention(
     query,
     block_tables,
     query_start_loc,
     seq_lens,
+    spare_tiles,
+    seq_spares,
     kv_cache,
     engine_state,
     num_tokens,
     num_seqs,
     blocks_per_table,
-    num_splits,
-    few_splits,
     layer,
     out,
     partial_out,
@@ -70,48 +73,62 @@ def paged_attention(
     FEW_ROWS: tl.constexpr,
     FEW_KEYS: tl.constexpr,
     FEW_STAGES: tl.constexpr,
+    AT_A_TIME: tl.constexpr,
+    MOST_HEADS: tl.constexpr,
     WHOLE: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    LONG_SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    NUM_SPARE: tl.constexpr,
     COMBINED_ROWS: tl.constexpr,
     COMBINED_SPLITS: tl.constexpr,
 ):
-    """Attend one tile of queries of one KV head to one split of its sequence's context.
+    """Attend one tile of queries to one split of its sequence's context.
 
-    Grid: (num_seqs + (num_tokens - num_seqs) // (ROWS // GROUP), NUM_KV_HEADS, num_splits).
+    Grid: ((NUM_SPARE + num_seqs + (num_tokens - num_seqs) // (ROWS // GROUP)) * NUM_KV_HEADS,): NUM_SPARE
+    for splits beyond a tile's first. They begin first, since they are those of long contexts; unless all
+    programs run at a time anyway, since one does not begin for so long as others do only to end.
 
     Args:
         query: [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM], rotated.
         block_tables: int32 [num_seqs, blocks_per_table].
         query_start_loc: int32 [num_seqs + 1]; only the last sequences may be without tokens, as padding is.
         seq_lens: int32 [num_seqs].
+        spare_tiles: int32 [NUM_SPARE], and seq_spares, int32 [num_seqs]: see `assign_splits`. No tile has
+            more than NUM_SPARE splits.
         kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM], in the
             query's type or e4m3.
         engine_state: int64, see `quire.execution.engine_state`.
-        num_splits: at most MAX_SPLITS; above 1 only where there are counters for all tiles.
-        few_splits: how many a context is split into before its splits are longer than LONG_SPLIT.
         layer: which layer's K and V of each block to read.
         out: out, [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM].
-        partial_out: scratch, float32 [num_tokens, num_splits, NUM_KV_HEADS * GROUP, HEAD_DIM]; unused without
-            splits.
-        partial_lse: scratch, float32 [num_tokens, num_splits, NUM_KV_HEADS * GROUP], base 2; likewise.
+        partial_out: scratch, float32 [ROWS // GROUP, 2 * NUM_SPARE, NUM_KV_HEADS * GROUP, HEAD_DIM].
+        partial_lse: scratch, float32 [ROWS // GROUP, 2 * NUM_SPARE, NUM_KV_HEADS * GROUP], base 2.
         BLOCK_ELEMENTS: elements of one block over all layers.
         MAX_BLOCKS: no pool of this plan has more blocks.
         WINDOW: a query sees this many positions up to its own; 0 for all.
         SCALE_LOG2: softmax scale times log2(e).
         ROWS: rows of a full tile; ROW_KEYS keys at a time, fetched ROW_STAGES - 1 ahead.
         FEW_ROWS: up to so many rows are few; FEW_KEYS and FEW_STAGES are for them.
-        WHOLE: keys up to which a context is not split.
-        MIN_SPLIT: keys, the fewest worth a split.
+        AT_A_TIME: programs that the GPU runs at a time.
+        MOST_HEADS: KV heads that share a tile, at most; their query heads are FEW_ROWS at most.
+        WHOLE: keys up to which a context is not split, and KV heads may share a tile.
         COMBINED_ROWS: rows, and COMBINED_SPLITS splits, combined at a time.
     """
     TOKENS_PER_TILE: tl.constexpr = ROWS // GROUP
     HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    SPARES_PROGRAMS: tl.constexpr = NUM_SPARE * NUM_KV_HEADS
+    tile_programs = tl.num_programs(0) - SPARES_PROGRAMS
+    num_tiles = tile_programs // NUM_KV_HEADS
+    first_of_tiles = tl.where(tl.num_programs(0) <= AT_A_TIME + SPARES_PROGRAMS, 0, SPARES_PROGRAMS)
+    program = tl.program_id(0) - first_of_tiles
+    is_spare = (program < 0) | (program >= tile_programs)
     # The last tiles are the long ones, when chunks follow decode rows: they start first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    tile = num_tiles - 1 - program % num_tiles
+    kv_head = program // num_tiles
+    spare = 0
+    if is_spare:
+        spare = tl.where(program < 0, tl.program_id(0), program - tile_programs) // NUM_KV_HEADS
+        kv_head = tl.program_id(0) % NUM_KV_HEADS
+        tile = tl.load(spare_tiles + spare)
+        if (tile < 0) | (tile >= num_tiles):
+            return
 
     # Sequence s owns the tiles from s + (query_start_loc[s] - s) // TOKENS_PER_TILE. While every sequence
     # before has one token, that is s itself; only a tile behind a longer one has to look for its sequence.
@@ -119,13 +136,12 @@ def paged_attention(
     query_start = tl.load(query_start_loc + seq)
     query_end = tl.load(query_start_loc + seq + 1)
     seq_len = tl.load(seq_lens + seq)
+    spares = tl.load(seq_spares + seq)
     num_blocks = pool_blocks(engine_state, MAX_BLOCKS)
     # The blocks of the context's first keys, before it is known whether they are needed.
     few = tl.arange(0, FEW_KEYS) // BLOCK_SIZE
     first_blocks = tl.load(
-        block_tables + seq.to(tl.int64) * blocks_per_table + few,
-        mask=few < tl.where(split == 0, blocks_per_table, 0),
-        other=0,
+        block_tables + seq.to(tl.int64) * blocks_per_table + few, mask=few < blocks_per_table, other=0
     )
     if query_start != tile:
         seq = 0
@@ -140,6 +156,7 @@ def paged_attention(
         query_start = tl.load(query_start_loc + seq)
         query_end = tl.load(query_start_loc + seq + 1)
         seq_len = tl.load(seq_lens + seq)
+        spares = tl.load(seq_spares + seq)
     query_start = tl.minimum(tl.maximum(query_start, 0), num_tokens)
     query_len = tl.minimum(tl.maximum(query_end, query_start), num_tokens) - query_start
     first_token = (tile - (seq + (query_start - seq) // TOKENS_PER_TILE)) * TOKENS_PER_TILE
@@ -152,82 +169,66 @@ def paged_attention(
     seq_len = tl.where(num_blocks > 0, seq_len, 0)
     first_position = seq_len - query_len + first_token
     key_end = tl.maximum(first_position + num_rows // GROUP, 0)
-    key_start = 0
+    begin = 0
     if WINDOW > 0:
-        key_start = tl.maximum(first_position - (WINDOW - 1), 0) // BLOCK_SIZE * BLOCK_SIZE
-    num_keys = key_end - key_start
-    share = tl.minimum(tl.cdiv(num_keys, few_splits), LONG_SPLIT)
-    share = tl.maximum(tl.maximum(share, tl.cdiv(num_keys, num_splits)), MIN_SPLIT)
-    share = tl.maximum(share, tl.where(num_keys <= WHOLE, num_keys, 0))
-    share = tl.cdiv(share, FEW_KEYS) * FEW_KEYS
-    splits_used = tl.maximum(tl.cdiv(num_keys, share), 1)
-    if split >= splits_used:
-        return
-    begin = key_start + split * share
-    end = tl.minimum(begin + share, key_end)
+        begin = tl.maximum(first_position - (WINDOW - 1), 0) // BLOCK_SIZE * BLOCK_SIZE
+    end = key_end
+    kv_heads = 1
+    first_spare = spares // SPARES + first_token // TOKENS_PER_TILE * (spares % SPARES)
+    num_splits = 1 + spares % SPARES
+    if key_end - begin > WHOLE:
+        if (spares < 0) | (first_spare + num_splits > NUM_SPARE + 1):
+            return
+        split = tl.where(is_spare, spare - first_spare + 1, 0)
+        if (split < 0) | (split >= num_splits):
+            return
+        share = tl.cdiv(tl.cdiv(key_end - begin, num_splits), FEW_KEYS) * FEW_KEYS
+        begin += split * share
+        end = tl.minimum(begin + share, key_end)
+    else:
+        if is_spare:
+            return
+        num_splits = 1
+        if query_len == 1:
+            kv_heads = _heads_together(num_tokens * NUM_KV_HEADS, AT_A_TIME, MOST_HEADS)
+            kv_head *= kv_heads
+            if kv_head >= NUM_KV_HEADS:
+                return
+            kv_heads = tl.minimum(kv_heads, NUM_KV_HEADS - kv_head)
+            num_rows *= kv_heads
 
-    first_row = (query_start + first_token).to(tl.int64) * HEADS + kv_head * GROUP
-    partial_row = (query_start + first_token).to(tl.int64) * num_splits * HEADS + kv_head * GROUP
+    first_row = (query_start + first_token) * HEADS + kv_head * GROUP
     PLANE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM  # K, or V, of one layer of one block
     keys = kv_cache + layer.to(tl.int64) * (2 * PLANE) + kv_head * (BLOCK_SIZE * HEAD_DIM)
     table = block_tables + seq.to(tl.int64) * blocks_per_table
-    if num_rows <= FEW_ROWS:
-        _attend(
-            query + first_row * HEAD_DIM,
-            table,
-            first_blocks,
-            (seq == tile) & (split == 0) & (begin == 0),
-            keys,
-            engine_state,
-            out + first_row * HEAD_DIM,
-            partial_out + (partial_row + split * HEADS) * HEAD_DIM,
-            partial_lse + partial_row + split * HEADS,
-            num_rows,
-            num_blocks,
-            first_position,
-            begin,
-            end,
-            num_splits,
-            splits_used,
-            HEAD_DIM,
-            HEAD_DIM_PADDED,
-            HEADS,
-            GROUP,
-            BLOCK_SIZE,
-            BLOCK_ELEMENTS,
-            NUM_POOLS,
-            BLOCKS_PER_POOL,
-            POOL_OFFSETS_BYTE,
-            PLANE,
-            WINDOW,
-            SCALE_LOG2,
-            FEW_ROWS,
-            FEW_KEYS,
-            FEW_STAGES,
-        )
-    else:
+    # One after another, not one or the other: so they share their shared memory.
+    place_of_split = tl.where(is_spare, spare, NUM_SPARE + first_spare)
+    if num_rows > FEW_ROWS:
         row_blocks = tl.zeros([ROW_KEYS], tl.int32)
         _attend(
-            query + first_row * HEAD_DIM,
+            query,
             table,
             row_blocks,
             False,
             keys,
             engine_state,
-            out + first_row * HEAD_DIM,
-            partial_out + (partial_row + split * HEADS) * HEAD_DIM,
-            partial_lse + partial_row + split * HEADS,
+            out,
+            partial_out,
+            partial_lse,
+            first_row,
+            place_of_split,
             num_rows,
+            1,
             num_blocks,
             first_position,
             begin,
             end,
             num_splits,
-            splits_used,
             HEAD_DIM,
             HEAD_DIM_PADDED,
             HEADS,
             GROUP,
+            NUM_SPARE,
             BLOCK_SIZE,
             BLOCK_ELEMENTS,
             NUM_POOLS,
@@ -236,36 +237,136 @@ def paged_attention(
             PLANE,
             WINDOW,
             SCALE_LOG2,
+            False,
             ROWS,
             ROW_KEYS,
             ROW_STAGES,
         )
-    if splits_used == 1:
+    if (num_rows <= FEW_ROWS) & (kv_heads == 1):
+        _attend(
+            query,
+            table,
+            first_blocks,
+            (seq == tile) & (begin == 0),
+            keys,
+            engine_state,
+            out,
+            partial_out,
+            partial_lse,
+            first_row,
+            place_of_split,
+            num_rows,
+            1,
+            num_blocks,
+            first_position,
+            begin,
+            end,
+            num_splits,
+            HEAD_DIM,
+            HEAD_DIM_PADDED,
+            HEADS,
+            GROUP,
+            NUM_SPARE,
+            BLOCK_SIZE,
+            BLOCK_ELEMENTS,
+            NUM_POOLS,
+            BLOCKS_PER_POOL,
+            POOL_OFFSETS_BYTE,
+            PLANE,
+            WINDOW,
+            SCALE_LOG2,
+            False,
+            FEW_ROWS,
+            FEW_KEYS,
+            FEW_STAGES,
+        )
+    if kv_heads > 1:
+        _attend(
+            query,
+            table,
+            first_blocks,
+            (seq == tile) & (begin == 0),
+            keys,
+            engine_state,
+            out,
+            partial_out,
+            partial_lse,
+            first_row,
+            place_of_split,
+            num_rows,
+            kv_heads,
+            num_blocks,
+            first_position,
+            begin,
+            end,
+            num_splits,
+            HEAD_DIM,
+            HEAD_DIM_PADDED,
+            HEADS,
+            GROUP,
+            NUM_SPARE,
+            BLOCK_SIZE,
+            BLOCK_ELEMENTS,
+            NUM_POOLS,
+            BLOCKS_PER_POOL,
+            POOL_OFFSETS_BYTE,
+            PLANE,
+            WINDOW,
+            SCALE_LOG2,
+            True,
+            FEW_ROWS,
+            FEW_KEYS,
+            FEW_STAGES,
+        )
+    if num_splits == 1:
         return
 
     tl.debug_barrier()  # every thread's stores come before the count
     counters = engine_state.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_BYTE // 4
-    counter = counters + tile * NUM_KV_HEADS + kv_head
+    counter = counters + first_spare * NUM_KV_HEADS + kv_head
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-    if arrived != splits_used - 1:
+    if arrived != num_splits - 1:
         return
     tl.store(counter, 0)
     tl.debug_barrier()
     _combine(
-        partial_out + partial_row * HEAD_DIM,
-        partial_lse + partial_row,
-        out + first_row * HEAD_DIM,
+        partial_out,
+        partial_lse,
+        out,
+        first_row,
+        kv_head * GROUP,
         num_rows,
+        first_spare,
         num_splits,
-        splits_used,
         HEAD_DIM,
         HEAD_DIM_PADDED,
         HEADS,
         GROUP,
-        MAX_SPLITS,
+        NUM_SPARE,
         COMBINED_ROWS,
         COMBINED_SPLITS,
     )
+
+
+@triton.jit
+def _heads_together(contexts, AT_A_TIME: tl.constexpr, MOST: tl.constexpr):
+    """KV heads that share a tile: a power of two up to MOST, which is one.
+
+    As many as may be, of those with which the GPU runs nearly as many programs in its last round as in the
+    others; where there is no such number, as few as make one round of all.
+    """
+    together = MOST
+    idle = 1
+    while (together > 0) & (idle > 0):
+        programs = tl.cdiv(contexts, together)
+        places = tl.cdiv(programs, AT_A_TIME) * AT_A_TIME
+        idle = tl.where((places - programs) * 10 > places, 1, 0)
+        together = tl.where(idle > 0, together // 2, together)
+    if together == 0:
+        together = 1
+        while (together < MOST) & (together * AT_A_TIME < contexts):
+            together *= 2
+    return together
 
 
 @triton.jit
@@ -279,17 +380,20 @@ def _attend(
     out,
     partial_out,
     partial_lse,
+    first_row,
+    place_of_split,
     num_rows,
+    kv_heads,
     num_blocks,
     first_position,
     begin,
     end,
     num_splits,
-    splits_used,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    NUM_SPARE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ELEMENTS: tl.constexpr,
     NUM_POOLS: tl.constexpr,
@@ -298,19 +402,24 @@ def _attend(
     PLANE: tl.constexpr,
     WINDOW: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
+    HEADS_TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attend a tile's rows to the keys from begin to end; pointers are those of the tile's first row.
+    """Attend a tile's rows to the keys from begin to end.
 
-    Where they ``are_known``, ``first_blocks`` are the blocks of the first BLOCK_N keys.
+    ``first_row`` is the tile's first in queries and results; a split has a place in scratch.
+    Where they ``are_known``, ``first_blocks`` are the blocks of the first BLOCK_N keys. The rows are those of
+    ``kv_heads`` KV heads, whose keys come one head after another; a row sees those of its own. Without
+    HEADS_TOGETHER there is one. What comes out is the result where it ``is_whole``, elsewhere a part of it.
     """
     row = tl.arange(0, BLOCK_M)
     row_mask = row < num_rows
-    token = row // GROUP
+    token = row // (GROUP * kv_heads)
+    head = row % (GROUP * kv_heads)
     dim = tl.arange(0, HEAD_DIM_PADDED)
-    place = (token * HEADS + row % GROUP) * HEAD_DIM
+    place = (first_row + token * HEADS + head).to(tl.int64) * HEAD_DIM
     tile_mask = row_mask[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(query + place[:, None] + dim[None, :], mask=tile_mask, other=0.0)
     NARROW: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth == 8
@@ -338,14 +447,21 @@ def _attend(
     # The blocks of the next keys are known one step before the keys themselves are fetched.
     unknown = begin + column < tl.where(are_known, begin, end)
     block = tl.load(table + (begin + column) // BLOCK_SIZE, mask=unknown, other=first_blocks)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    start = begin
+    kv_head = 0
+    for _ in tl.range(0, tl.cdiv(end - begin, BLOCK_N) * kv_heads, num_stages=STAGES):
         key = start + column
         key_mask = key < end
         block = tl.where((block < 0) | (block >= num_blocks), 0, block)
-        offset = (key % BLOCK_SIZE) * HEAD_DIM + block_start(
+        offset = (kv_head * BLOCK_SIZE + key % BLOCK_SIZE) * HEAD_DIM + block_start(
             block, offsets, BLOCK_ELEMENTS, NUM_POOLS, BLOCKS_PER_POOL
         )
-        block = tl.load(table + (key + BLOCK_N) // BLOCK_SIZE, mask=key + BLOCK_N < end, other=0)
+        of_head = head // GROUP == kv_head
+        start += BLOCK_N
+        if HEADS_TOGETHER:
+            kv_head = tl.where(start < end, kv_head, kv_head + 1)
+            start = tl.where(start < end, start, begin)
+        block = tl.load(table + (start + column) // BLOCK_SIZE, mask=start + column < end, other=0)
 
         # Slots beyond the sequence may hold anything, NaN included, and 0 * NaN is NaN: hence the mask on V.
         source = keys + (offset // ELEMENTS)[:, None] + unit[None, :]
@@ -358,6 +474,8 @@ def _attend(
             k = tl.load(source, mask=source_mask, other=0.0).to(q.dtype)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE_LOG2
         visible = key_mask[None, :] & (key[None, :] <= position[:, None])
+        if HEADS_TOGETHER:
+            visible = visible & of_head[:, None]
         if WINDOW > 0:
             visible = visible & (key[None, :] > position[:, None] - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
@@ -384,11 +502,12 @@ def _attend(
         acc = tl.interleave(acc, acc_odd)
     seen = running_sum > 0.0
     acc = acc / tl.where(seen, running_sum, 1.0)[:, None]
-    if splits_used == 1:
+    if num_splits == 1:
+        place = (first_row + token * HEADS + head).to(tl.int64) * HEAD_DIM
         tl.store(out + place[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
     else:
+        partial = place_of_split * HEADS + first_row % HEADS + token * (2 * NUM_SPARE * HEADS) + head
         lse = tl.where(seen, running_max + tl.log2(tl.where(seen, running_sum, 1.0)), float("-inf"))
-        partial = token * num_splits * HEADS + row % GROUP
         tl.store(partial_out + partial[:, None] * HEAD_DIM + dim[None, :], acc, mask=tile_mask)
         tl.store(partial_lse + partial, lse, mask=row_mask)
 
@@ -410,29 +529,34 @@ def _combine(
     partial_out,
     partial_lse,
     out,
+    first_row,
+    first_head,
     num_rows,
+    first_spare,
     num_splits,
-    splits_used,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    NUM_SPARE: tl.constexpr,
     COMBINED_ROWS: tl.constexpr,
     COMBINED_SPLITS: tl.constexpr,
 ):
-    """Sum a tile's splits, each by its share of the softmax; pointers are those of the tile's first row."""
+    """Sum a tile's splits, each by its share of the softmax.
+
+    ``first_row`` is the tile's first among the results, ``first_head`` its query head.
+    """
     dim = tl.arange(0, HEAD_DIM_PADDED)
     dim_mask = dim < HEAD_DIM
-    every = tl.arange(0, MAX_SPLITS)
-    some = tl.arange(0, COMBINED_SPLITS)
+    every = tl.arange(0, NUM_SPARE)
+    every_row = tl.where(every == 0, NUM_SPARE + first_spare, first_spare + every - 1) * HEADS
     for first in range(0, num_rows, COMBINED_ROWS):
         row = first + tl.arange(0, COMBINED_ROWS)
         row_mask = row < num_rows
-        partial = row // GROUP * num_splits * HEADS + row % GROUP
+        place = first_head + row // GROUP * (2 * NUM_SPARE * HEADS) + row % GROUP
         lse = tl.load(
-            partial_lse + partial[None, :] + every[:, None] * HEADS,
-            mask=row_mask[None, :] & (every < splits_used)[:, None],
+            partial_lse + place[None, :] + every_row[:, None],
+            mask=row_mask[None, :] & (every < num_splits)[:, None],
             other=float("-inf"),
             cache_modifier=".cg",
         )
@@ -440,19 +564,24 @@ def _combine(
         largest = tl.where(largest > float("-inf"), largest, 0.0)
         total = tl.sum(tl.exp2(lse - largest[None, :]), 0)
         combined = tl.zeros([COMBINED_ROWS, HEAD_DIM_PADDED], tl.float32)
-        for start in range(0, splits_used, COMBINED_SPLITS):
-            split = start + some
-            place = partial[None, :] + split[:, None] * HEADS
-            mask = row_mask[None, :] & (split < splits_used)[:, None]
-            some_lse = tl.load(partial_lse + place, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        for start in range(0, num_splits, COMBINED_SPLITS):
+            split = start + tl.arange(0, COMBINED_SPLITS)
+            split_row = tl.where(split == 0, NUM_SPARE + first_spare, first_spare + split - 1) * HEADS
+            partial = place[None, :] + split_row[:, None]
+            mask = row_mask[None, :] & (split < num_splits)[:, None]
+            some_lse = tl.load(partial_lse + partial, mask=mask, other=float("-inf"), cache_modifier=".cg")
             share = tl.exp2(some_lse - largest[None, :])
             part = tl.load(
-                partial_out + place[:, :, None] * HEAD_DIM + dim[None, None, :],
+                partial_out + partial[:, :, None] * HEAD_DIM + dim[None, None, :],
                 mask=mask[:, :, None] & dim_mask[None, None, :],
                 other=0.0,
                 cache_modifier=".cg",
             )
             combined += tl.sum(part * share[:, :, None], 0)
         combined = combined / tl.where(total > 0.0, total, 1.0)[:, None]
-        target = out + (row // GROUP * HEADS + row % GROUP)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(target, combined.to(out.dtype.element_ty), mask=row_mask[:, None] & dim_mask[None, :])
+        target = (first_row + row // GROUP * HEADS + row % GROUP).to(tl.int64) * HEAD_DIM
+        tl.store(
+            out + target[:, None] + dim[None, :],
+            combined.to(out.dtype.element_ty),
+            mask=row_mask[:, None] & dim_mask[None, :],
+        )

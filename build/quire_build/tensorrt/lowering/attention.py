@@ -108,13 +108,28 @@ def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
             **written,
         )
         graph.remove([query_norm, key_norm])
+    window = attribute(node, "sliding_window")
+    splits = [f"spare_tiles.{window}", f"seq_spares.{window}"]
+    if graph.producer(splits[0]) is None:
+        # How contexts are split depends on the step alone: decided once, for all layers of one window.
+        graph.add(
+            "AssignSplits",
+            node.input[7:9],
+            splits,
+            domain=DOMAIN,
+            before=node,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            window=window,
+        )
     graph.add(
         "PagedAttend",
-        [f"{output}.query", *node.input[6:9], POOL],
+        [f"{output}.query", *node.input[6:9], *splits, POOL],
         [output],
         domain=DOMAIN,
         before=node,
-        window=attribute(node, "sliding_window"),
+        window=window,
         scale=attribute(node, "scale"),
         **shape,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quire_build.tensorrt.operators.assign_splits import AssignSplits
 from quire_build.tensorrt.operators.kv_write import KvWrite
 from quire_build.tensorrt.operators.launch import (
     MODEL,
@@ -22,6 +23,7 @@ from quire_build.tensorrt.operators.writes_kv import in_pairs
 
 OPERATORS: tuple[type[Operator], ...] = (
     StepBegin,
+    AssignSplits,
     ProjectQkv,
     KvWrite,
     PagedAttend,
@@ -34,6 +36,7 @@ __all__ = [
     "MODEL",
     "OPERATORS",
     "Arithmetic",
+    "AssignSplits",
     "KvWrite",
     "Launch",
     "Linear",

@@ -9,26 +9,12 @@ from typing import Any, ClassVar
 
 from quire.execution.engine_state import COUNTERS_BYTE, POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
+from quire_build.tensorrt.operators.assign_splits import WHOLE, num_spare, tile_rows
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, pool_type, power_of_two
 from quire_build.tensorrt.operators.pool_layer import PoolLayer
 
-PROGRAMS_WANTED = 264
-"""Few tiles are split until about this many programs run: two on each of a Hopper GPU's 132 SMs."""
-MAX_SPLITS = 64
-MANY_SPLITS = 6
-"""Splits that even many tiles may have, where a context is so long that others would wait for it. Each costs
-every tile a program, if only to see that there is nothing to do."""
-SPLIT_PROGRAMS = 8192
-"""Programs of a launch that splits many tiles, at most: 16,384, most with nothing to do, cost 6 to 10%. A
-tile and KV head has a counter, and two splits at least, so half as many counters are enough."""
-SPLIT_ROWS = 1024
-"""Tokens times splits, at most, for which scratch is kept."""
-LONG_SPLIT = 2048
-"""Keys of one split that is worth cutting again for the sake of balance."""
-WHOLE = 256
-"""Keys that one program reads sooner than two agree on who combines what they read."""
-MIN_SPLIT = 128
-"""Keys, the fewest worth a split of a longer context."""
+PROGRAMS_AT_A_TIME = 528
+"""That many run at once, four on each of a Hopper GPU's 132 SMs."""
 MAX_REGISTERS = 128
 """Of a thread: four programs then run on one SM. Heads too long for full tiles would not fit."""
 
@@ -38,8 +24,8 @@ class PagedAttend(PoolLayer):
     """Attend to the paged context, the step's own tokens included, which are there already.
 
     Inputs: query [T, num_heads, head_dim]; block_tables int32 [S, B]; query_start_loc int32 [S + 1]; seq_lens
-    int32 [S]; kv_cache, the pool's first part; engine_state. Outputs: [T, num_heads * head_dim], and two
-    scratch tensors for splits.
+    int32 [S]; spare_tiles and seq_spares, see `AssignSplits`; kv_cache, the pool's first part; engine_state.
+    Outputs: [T, num_heads * head_dim], and two scratch tensors for splits.
 
     ``window`` is 0 or how many positions a query sees.
     """
@@ -52,6 +38,8 @@ class PagedAttend(PoolLayer):
         "block_tables",
         "query_start_loc",
         "seq_lens",
+        "spare_tiles",
+        "seq_spares",
         "kv_cache",
         "engine_state",
     )
@@ -75,26 +63,12 @@ class PagedAttend(PoolLayer):
         return max(32 if self.kv_element_bytes == 1 else 16, power_of_two(self.head_dim))
 
     @property
-    def _rows(self) -> int:
-        """Of a full tile; where a row is long, registers and shared memory have no room for many."""
-        return max(64 if self._head_dim_padded <= 128 else 16, power_of_two(self._group))
-
-    @property
-    def _few_splits(self) -> int:
-        """Splits of a launch with one tile."""
-        return min(max(1, PROGRAMS_WANTED // self.num_kv_heads), MAX_SPLITS)
-
-    @property
-    def _split_rows(self) -> int:
-        """Tokens times splits, at most, of any launch with splits.
-
-        Half of it is the most tokens, and so the most tiles, that are split: each has a counter.
-        """
-        return min(SPLIT_ROWS, SPLIT_PROGRAMS // self.num_kv_heads)
+    def _tokens_per_tile(self) -> int:
+        return tile_rows(self.head_dim, self._group) // self._group
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
-        """The attended values, and scratch for as many rows as any split step has."""
-        rows = max(self._split_rows, self._rows // self._group * self._few_splits)
+        """The attended values, and scratch for a first split of each tile besides its spare ones."""
+        rows = 2 * num_spare(self.num_kv_heads) * self._tokens_per_tile
         return (
             ((shapes[0][0], self.num_heads * self.head_dim), MODEL),
             ((rows, self.num_heads, self.head_dim), "fp32"),
@@ -102,17 +76,14 @@ class PagedAttend(PoolLayer):
         )
 
     def launch(self, shapes: Sequence[Shape], arithmetic: Arithmetic, tactic: int = 0) -> Launch:
-        """A program for each query tile, KV head and split."""
+        """A program for each query tile or spare split, and KV head."""
         tokens, (seqs, blocks_per_table) = shapes[0][0], shapes[1]
-        tiles = seqs + (tokens - seqs) // (self._rows // self._group)
-        few_splits = arithmetic.larger(arithmetic.constant(self._few_splits) // tiles, 1)
-        many_splits = arithmetic.constant(self._split_rows) // tokens
-        many_splits = many_splits - arithmetic.larger(many_splits - MANY_SPLITS, 0)
-        # The larger of the two, in what symbolic arithmetic has.
-        splits = few_splits + arithmetic.larger(many_splits - few_splits, 0)
+        spare = num_spare(self.num_kv_heads)
+        tiles = seqs + (tokens - seqs) // self._tokens_per_tile
         padded = self._head_dim_padded
         group = power_of_two(self._group)
         combined_rows = min(8, group)
+        few_rows = max(16, group)
         # Three small fetches on their way are better than two large ones; numbers of one byte are small.
         few_keys, few_stages = (64, 2) if self.kv_element_bytes == 1 else (32, 3)
         return Launch(
@@ -122,13 +93,13 @@ class PagedAttend(PoolLayer):
                 "block_tables": "*i32",
                 "query_start_loc": "*i32",
                 "seq_lens": "*i32",
+                "spare_tiles": "*i32",
+                "seq_spares": "*i32",
                 "kv_cache": f"*{pool_type(self.kv_element_bytes)}",
                 "engine_state": "*i64",
                 "num_tokens": "i32",
                 "num_seqs": "i32",
                 "blocks_per_table": "i32",
-                "num_splits": "i32",
-                "few_splits": "i32",
                 "layer": "i32",
                 "out": f"*{MODEL}",
                 "partial_out": "*fp32",
@@ -148,21 +119,21 @@ class PagedAttend(PoolLayer):
                 "COUNTERS_BYTE": COUNTERS_BYTE,
                 "WINDOW": self.window,
                 "SCALE_LOG2": self.scale * math.log2(math.e),
-                "ROWS": self._rows,
+                "ROWS": tile_rows(self.head_dim, self._group),
                 "ROW_KEYS": max(16, min(32, 4096 // padded)),
                 "ROW_STAGES": 2,
-                "FEW_ROWS": max(16, group),
+                "FEW_ROWS": few_rows,
                 "FEW_KEYS": max(16, min(few_keys, 128 * few_keys // padded)),
                 "FEW_STAGES": few_stages,
+                "AT_A_TIME": PROGRAMS_AT_A_TIME,
+                "MOST_HEADS": power_of_two(few_rows // self._group + 1) // 2,
                 "WHOLE": WHOLE,
-                "MIN_SPLIT": MIN_SPLIT,
-                "LONG_SPLIT": LONG_SPLIT,
-                "MAX_SPLITS": MAX_SPLITS,
+                "NUM_SPARE": spare,
                 "COMBINED_ROWS": combined_rows,
                 "COMBINED_SPLITS": 32 // combined_rows,
             },
-            grid=(tiles, self.num_kv_heads, splits),
-            integers=(tokens, seqs, blocks_per_table, splits, few_splits, self.layer),
+            grid=((tiles + spare) * self.num_kv_heads,),
+            integers=(tokens, seqs, blocks_per_table, self.layer),
             num_stages=2,
             max_registers=MAX_REGISTERS if padded <= 128 else None,
         )
