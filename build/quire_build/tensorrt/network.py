@@ -280,8 +280,10 @@ class NetworkWriter:
             multiprocessors=self._multiprocessors,
         )
 
-    def _add_sample(self, node: NodeProto) -> None:
+    def _add_plainly(self, node: NodeProto) -> None:
         self._add_own(node, [self._tensor(name) for name in node.input])
+
+    _add_assignsplits = _add_sample = _add_plainly
 
     def _add_own(self, node: NodeProto, inputs: list[Any], **defaults: Any) -> None:
         """Add one of our operators: what the graph says, what this plan decides, what `defaults` leave."""
