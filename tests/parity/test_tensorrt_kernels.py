@@ -26,7 +26,7 @@ from quire.execution.engine_state import (
 )
 from quire_build.tensorrt.kernels.assign_splits import SPARES
 from quire_build.tensorrt.kernels.kv_write import Heads, kv_write
-from quire_build.tensorrt.kernels.paged_attention import _heads_together, paged_attention
+from quire_build.tensorrt.kernels.paged_attention import heads_together, paged_attention
 from quire_build.tensorrt.operators import in_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -271,7 +271,7 @@ def test_short_contexts_are_attended_to_for_several_kv_heads_at_a_time(layout: L
 def test_heads_share_a_tile_where_the_gpu_cannot_run_all_programs_at_once(
     contexts: int, most: int, together: int
 ) -> None:
-    assert int(_heads_together(contexts, 528, most)) == together
+    assert int(heads_together(contexts, 528, most)) == together
 
 
 def test_attention_over_random_steps() -> None:

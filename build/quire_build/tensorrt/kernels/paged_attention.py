@@ -190,7 +190,7 @@ def paged_attention(
             return
         num_splits = 1
         if query_len == 1:
-            kv_heads = _heads_together(num_tokens * NUM_KV_HEADS, AT_A_TIME, MOST_HEADS)
+            kv_heads = heads_together(num_tokens * NUM_KV_HEADS, AT_A_TIME, MOST_HEADS)
             kv_head *= kv_heads
             if kv_head >= NUM_KV_HEADS:
                 return
@@ -349,7 +349,7 @@ def paged_attention(
 
 
 @triton.jit
-def _heads_together(contexts, AT_A_TIME: tl.constexpr, MOST: tl.constexpr):
+def heads_together(contexts, AT_A_TIME: tl.constexpr, MOST: tl.constexpr):
     """KV heads that share a tile: a power of two up to MOST, which is one.
 
     As many as may be, of those with which the GPU runs nearly as many programs in its last round as in the
