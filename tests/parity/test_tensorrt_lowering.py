@@ -312,6 +312,13 @@ def test_lowered_graph_begins_and_samples_and_has_five_operators_a_layer(
     splits = [node for node in lowered.graph.node if node.op_type == "AssignSplits"]
     windows = [attribute(node, "window") for node in lowered.graph.node if node.op_type == "PagedAttend"]
     assert [attribute(node, "window") for node in splits] == list(dict.fromkeys(windows)), "not once a window"
+    made: list[str] = []
+    for node in lowered.graph.node:
+        if node.op_type == "PagedAttend":
+            window = attribute(node, "window")
+            assert node.input[4:6] == [f"spare_tiles.{window}", f"seq_spares.{window}"]
+            assert set(node.input[4:6]) <= set(made)
+        made += node.output
     own = [kind for kind in own if kind != "AssignSplits"]
     assert own == ["StepBegin", *layer, *layer, "Linear", "Sample"]
     assert {node.op_type for node in lowered.graph.node if node.domain == ""} <= {

@@ -20,6 +20,7 @@ from quire_build.tensorrt import builder
 from quire_build.tensorrt.hosted_memory import activation_bytes, host_reserve_bytes
 from quire_build.tensorrt.machine import Gpu
 from quire_build.tensorrt.operators import PagedAttend, Sample
+from quire_build.tensorrt.operators.assign_splits import num_spare
 from quire_build.tensorrt.plan import keep_timing_cache, set_timing_cache
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
@@ -69,7 +70,9 @@ def test_one_contexts_memory_holds_what_attention_and_sampling_write(model: Deco
     )
     tokens, seqs = LIMITS.max_num_batched_tokens, LIMITS.max_num_seqs
     query = (tokens, model.num_heads, model.head_dim)
-    attended = attend.outputs([query, (seqs, 256), (seqs + 1,), (seqs,), (32,), (seqs,), (1,), (1,)])
+    attended = attend.outputs(
+        [query, (seqs, 256), (seqs + 1,), (seqs,), (num_spare(model.num_kv_heads),), (seqs,), (1,), (1,)]
+    )
     sampled = Sample(vocab_size=model.vocab_size, max_num_seqs=seqs).outputs([(seqs, model.vocab_size)])
     streams = 2 * tokens * model.hidden_size * 2
     assert activation_bytes(model, LIMITS, 2) >= num_bytes(attended) + num_bytes(sampled) + streams

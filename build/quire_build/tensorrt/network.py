@@ -283,7 +283,7 @@ class NetworkWriter:
     def _add_plainly(self, node: NodeProto) -> None:
         self._add_own(node, [self._tensor(name) for name in node.input])
 
-    _add_assignsplits = _add_sample = _add_plainly
+    _add_assignsplits = _add_sample = _add_plainly  # nodes find theirs by name
 
     def _add_own(self, node: NodeProto, inputs: list[Any], **defaults: Any) -> None:
         """Add one of our operators: what the graph says, what this plan decides, what `defaults` leave."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SPARES = tl.constexpr(256)
-"""More than any tile has splits."""
+SPARES_RADIX = tl.constexpr(256)
+"""More than any tile has splits: seq_spares holds place * SPARES_RADIX + count."""
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -30,23 +30,24 @@ def assign_splits(
     NUM_SPARE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Give each tile of a long context its share of the splits, by how many keys it has to read.
+    """Give each tile of a long context its share of the splits, by how many keys it has to read at most.
 
-    Grid: (1,).
+    A sequence whose splits find no room is not split, nor are those behind it. Grid: (1,).
 
     Args:
         query_start_loc: int32 [num_seqs + 1].
         seq_lens: int32 [num_seqs].
         spare_tiles: out, int32 [NUM_SPARE], whose splits beyond the first come here: of each tile as many as
             it has, in order, and -1 behind them.
-        seq_spares: out, int32 [num_seqs], how many such splits each tile of the sequence has, plus SPARES
-            times where those of its first tile are among `spare_tiles`.
+        seq_spares: out, int32 [num_seqs], 0 for a sequence that is not split, else how many such splits each
+            of its tiles has, plus SPARES_RADIX times where those of the first are among `spare_tiles`.
         TOKENS_PER_TILE: tokens of one query tile, see `paged_attention`.
         WINDOW: a query sees this many positions up to its own; 0 for all.
         MOST: splits of one tile of one token.
         WHOLE: keys up to which a context is not split.
         ROW_MIN_SPLIT: keys, the fewest worth a split of a tile of one token; TILE_MIN_SPLIT: of several.
-        LONG_SPLIT: keys that a split of a tile of one token has at most, as long as there are places.
+        LONG_SPLIT: keys that a split of a tile of one token has at most, as long as there are places and
+            MOST allows.
         NUM_SPARE: places.
         BLOCK_S: sequences looked at together.
     """
@@ -58,7 +59,7 @@ def assign_splits(
         )
         all_keys += tiles * keys
         long_keys += tl.where(is_row & (keys > LONG_SPLIT), keys, 0)
-    # Shares of which there are at most NUM_SPARE.
+    # Of each of these there are at most NUM_SPARE shares, but there may be more of all together.
     fair = tl.cdiv(tl.sum(all_keys), NUM_SPARE)
     row_share, tile_share = tl.maximum(fair, ROW_MIN_SPLIT), tl.maximum(fair, TILE_MIN_SPLIT)
     long_share = tl.maximum(tl.cdiv(tl.sum(long_keys), NUM_SPARE), LONG_SPLIT)
@@ -75,12 +76,13 @@ def assign_splits(
         spares = tl.where(keys > WHOLE, tl.maximum(splits - 1, 0), 0).to(tl.int32)  # of each tile
         end = assigned + tl.cumsum(spares * tiles, 0)
         start = end - spares * tiles
-        spares = tl.where(end <= NUM_SPARE, spares, 0)
-        theirs = (spare[:, None] >= start[None, :]) & (spare[:, None] < end[None, :])
+        spares = tl.where(end <= NUM_SPARE, spares, 0)  # no room for these
+        theirs = (spare[:, None] >= start[None, :]) & (spare[:, None] < (start + spares * tiles)[None, :])
         their_tile = first_tile[None, :] + (spare[:, None] - start[None, :]) // tl.maximum(spares, 1)[None, :]
         tile = tl.maximum(tile, tl.max(tl.where(theirs, their_tile, -1), 1))
         seq = first_seq + tl.arange(0, BLOCK_S)
-        tl.store(seq_spares + seq, start * SPARES + spares, mask=seq < num_seqs)
+        packed = tl.where(spares > 0, start * SPARES_RADIX + spares, 0)
+        tl.store(seq_spares + seq, packed, mask=seq < num_seqs)
         assigned = tl.max(end)
     tl.store(spare_tiles + spare, tile)
 

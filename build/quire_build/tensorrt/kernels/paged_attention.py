@@ -7,11 +7,12 @@ allow and longer strips of keys: such a tile waits for memory and nothing else.
 
 A decode row of one KV head leaves most of the smallest tile empty. Where contexts are short and many, a tile
 therefore holds the rows of several KV heads, whose keys come one head after another: a program waits for its
-first keys as long as it then takes to read 200 of them.
+first keys about as long as reading 200 keys takes.
 
 `assign_splits` says which tiles' contexts are split. The program that finishes such a tile last combines the
 splits, always in the same order, so that the result does not depend on who that was. The programs of a tile
-count themselves in the engine's state: the counters start at zero and are left at zero.
+count themselves in the engine's state: the counters start at zero and are left at zero, if the splits are
+those that were assigned to the same step.
 
 A pool of one-byte elements holds e4m3 with scale 1. They are widened on their way to the matrix unit.
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire_build.tensorrt.kernels.assign_splits import SPARES
+from quire_build.tensorrt.kernels.assign_splits import SPARES_RADIX
 from quire_build.tensorrt.kernels.pool import block_start, pool_blocks, pool_offsets
 
 LARGEST_HALF = tl.constexpr(65504.0)
@@ -83,8 +84,8 @@ def paged_attention(
     """Attend one tile of queries to one split of its sequence's context.
 
     Grid: ((NUM_SPARE + num_seqs + (num_tokens - num_seqs) // (ROWS // GROUP)) * NUM_KV_HEADS,): NUM_SPARE
-    for splits beyond a tile's first. They begin first, since they are those of long contexts; unless all
-    programs run at a time anyway, since one does not begin for so long as others do only to end.
+    tiles' worth for splits beyond a tile's first. They come first, as those of long contexts, or last where
+    all other programs run at once: idle ones in front would delay them.
 
     Args:
         query: [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM], rotated.
@@ -113,10 +114,10 @@ def paged_attention(
     """
     TOKENS_PER_TILE: tl.constexpr = ROWS // GROUP
     HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    SPARES_PROGRAMS: tl.constexpr = NUM_SPARE * NUM_KV_HEADS
-    tile_programs = tl.num_programs(0) - SPARES_PROGRAMS
+    SPARE_PROGRAMS: tl.constexpr = NUM_SPARE * NUM_KV_HEADS
+    tile_programs = tl.num_programs(0) - SPARE_PROGRAMS
     num_tiles = tile_programs // NUM_KV_HEADS
-    first_of_tiles = tl.where(tl.num_programs(0) <= AT_A_TIME + SPARES_PROGRAMS, 0, SPARES_PROGRAMS)
+    first_of_tiles = tl.where(tl.num_programs(0) <= AT_A_TIME + SPARE_PROGRAMS, 0, SPARE_PROGRAMS)
     program = tl.program_id(0) - first_of_tiles
     is_spare = (program < 0) | (program >= tile_programs)
     # The last tiles are the long ones, when chunks follow decode rows: they start first.
@@ -141,7 +142,9 @@ def paged_attention(
     # The blocks of the context's first keys, before it is known whether they are needed.
     few = tl.arange(0, FEW_KEYS) // BLOCK_SIZE
     first_blocks = tl.load(
-        block_tables + seq.to(tl.int64) * blocks_per_table + few, mask=few < blocks_per_table, other=0
+        block_tables + seq.to(tl.int64) * blocks_per_table + few,
+        mask=few < tl.where(is_spare, 0, blocks_per_table),
+        other=0,
     )
     if query_start != tile:
         seq = 0
@@ -174,14 +177,17 @@ def paged_attention(
         begin = tl.maximum(first_position - (WINDOW - 1), 0) // BLOCK_SIZE * BLOCK_SIZE
     end = key_end
     kv_heads = 1
-    first_spare = spares // SPARES + first_token // TOKENS_PER_TILE * (spares % SPARES)
-    num_splits = 1 + spares % SPARES
+    first_spare = spares // SPARES_RADIX + first_token // TOKENS_PER_TILE * (spares % SPARES_RADIX)
+    num_splits = 1 + spares % SPARES_RADIX
+    if (spares <= 0) | (first_spare < 0) | (first_spare + num_splits > NUM_SPARE + 1):
+        first_spare = 0
+        num_splits = 1
     if key_end - begin > WHOLE:
-        if (spares < 0) | (first_spare + num_splits > NUM_SPARE + 1):
-            return
-        split = tl.where(is_spare, spare - first_spare + 1, 0)
-        if (split < 0) | (split >= num_splits):
-            return
+        split = 0
+        if is_spare:
+            split = spare - first_spare + 1
+            if (split < 1) | (split >= num_splits):
+                return
         share = tl.cdiv(tl.cdiv(key_end - begin, num_splits), FEW_KEYS) * FEW_KEYS
         begin += split * share
         end = tl.minimum(begin + share, key_end)
@@ -190,7 +196,7 @@ def paged_attention(
             return
         num_splits = 1
         if query_len == 1:
-            kv_heads = heads_together(num_tokens * NUM_KV_HEADS, AT_A_TIME, MOST_HEADS)
+            kv_heads = heads_together(num_tokens, NUM_KV_HEADS, AT_A_TIME, MOST_HEADS)
             kv_head *= kv_heads
             if kv_head >= NUM_KV_HEADS:
                 return
@@ -349,8 +355,8 @@ def paged_attention(
 
 
 @triton.jit
-def heads_together(contexts, AT_A_TIME: tl.constexpr, MOST: tl.constexpr):
-    """KV heads that share a tile: a power of two up to MOST, which is one.
+def heads_together(rows, KV_HEADS: tl.constexpr, AT_A_TIME: tl.constexpr, MOST: tl.constexpr):
+    """KV heads that share a tile, for so many decode rows: a power of two, at most MOST, which is one too.
 
     As many as may be, of those with which the GPU runs nearly as many programs in its last round as in the
     others; where there is no such number, as few as make one round of all.
@@ -358,13 +364,13 @@ def heads_together(contexts, AT_A_TIME: tl.constexpr, MOST: tl.constexpr):
     together = MOST
     idle = 1
     while (together > 0) & (idle > 0):
-        programs = tl.cdiv(contexts, together)
+        programs = rows * tl.cdiv(KV_HEADS, together)
         places = tl.cdiv(programs, AT_A_TIME) * AT_A_TIME
         idle = tl.where((places - programs) * 10 > places, 1, 0)
         together = tl.where(idle > 0, together // 2, together)
     if together == 0:
         together = 1
-        while (together < MOST) & (together * AT_A_TIME < contexts):
+        while (together < MOST) & (rows * tl.cdiv(KV_HEADS, together) > AT_A_TIME):
             together *= 2
     return together
 
@@ -412,7 +418,7 @@ def _attend(
     ``first_row`` is the tile's first in queries and results; a split has a place in scratch.
     Where they ``are_known``, ``first_blocks`` are the blocks of the first BLOCK_N keys. The rows are those of
     ``kv_heads`` KV heads, whose keys come one head after another; a row sees those of its own. Without
-    HEADS_TOGETHER there is one. What comes out is the result where it ``is_whole``, elsewhere a part of it.
+    HEADS_TOGETHER there is one. What comes out is the result where ``num_splits`` is 1, elsewhere a part.
     """
     row = tl.arange(0, BLOCK_M)
     row_mask = row < num_rows

@@ -111,7 +111,8 @@ def _lower(graph: Graph, node: NodeProto, num_layers: int) -> None:
     window = attribute(node, "sliding_window")
     splits = [f"spare_tiles.{window}", f"seq_spares.{window}"]
     if graph.producer(splits[0]) is None:
-        # How contexts are split depends on the step alone: decided once, for all layers of one window.
+        # How contexts are split depends on the step alone: decided once, for all layers of one window. Their
+        # heads are the same in all.
         graph.add(
             "AssignSplits",
             node.input[7:9],

@@ -13,6 +13,7 @@ PROGRAMS_WANTED = 264
 """One long context alone is split until about this many programs run: two on each of a Hopper GPU's 132 SMs.
 Several want twice as many."""
 MAX_SPLITS = 64
+"""Of one decode row, and of all contexts together, at most."""
 WHOLE = 256
 """Keys that one program reads sooner than two agree on who combines what they read."""
 ROW_MIN_SPLIT = 128
@@ -35,7 +36,7 @@ def row_splits(num_kv_heads: int) -> int:
 
 
 def num_spare(num_kv_heads: int) -> int:
-    """Places for splits beyond a tile's first: a power of two, since programs look through all of them."""
+    """Places for splits beyond a tile's first: twice as many as one context has, a power of two."""
     return min(power_of_two(2 * row_splits(num_kv_heads) - 1), MAX_SPLITS)
 
 

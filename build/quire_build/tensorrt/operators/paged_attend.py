@@ -14,7 +14,7 @@ from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Sha
 from quire_build.tensorrt.operators.pool_layer import PoolLayer
 
 PROGRAMS_AT_A_TIME = 528
-"""That many run at once, four on each of a Hopper GPU's 132 SMs."""
+"""That many run at once, four on each of a Hopper GPU's 132 SMs; fewer where MAX_REGISTERS is no limit."""
 MAX_REGISTERS = 128
 """Of a thread: four programs then run on one SM. Heads too long for full tiles would not fit."""
 
