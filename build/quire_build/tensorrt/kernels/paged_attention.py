@@ -207,8 +207,8 @@ def paged_attention(
     PLANE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM  # K, or V, of one layer of one block
     keys = kv_cache + layer.to(tl.int64) * (2 * PLANE) + kv_head * (BLOCK_SIZE * HEAD_DIM)
     table = block_tables + seq.to(tl.int64) * blocks_per_table
-    # One after another, not one or the other: so they share their shared memory.
     place_of_split = tl.where(is_spare, spare, NUM_SPARE + first_spare)
+    # One of these. Were they nested, the compiler would give each shared memory of its own.
     if num_rows > FEW_ROWS:
         row_blocks = tl.zeros([ROW_KEYS], tl.int32)
         _attend(

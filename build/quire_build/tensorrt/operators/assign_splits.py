@@ -30,6 +30,11 @@ def tile_rows(head_dim: int, group: int) -> int:
     return max(64 if power_of_two(head_dim) <= 128 else 16, power_of_two(group))
 
 
+def tokens_per_tile(head_dim: int, group: int) -> int:
+    """Tokens of a full query tile, which has ``group`` rows of each."""
+    return tile_rows(head_dim, group) // group
+
+
 def row_splits(num_kv_heads: int) -> int:
     """Splits of one decode row, at most."""
     return min(max(1, PROGRAMS_WANTED // num_kv_heads), MAX_SPLITS)
@@ -81,7 +86,7 @@ class AssignSplits:
                 "seq_spares": "*i32",
             },
             constants={
-                "TOKENS_PER_TILE": tile_rows(self.head_dim, group) // group,
+                "TOKENS_PER_TILE": tokens_per_tile(self.head_dim, group),
                 "WINDOW": self.window,
                 "MOST": row_splits(self.num_kv_heads),
                 "WHOLE": WHOLE,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from quire.execution.engine_state import COUNTERS_BYTE, POOL_OFFSETS_BYTE
 from quire_build.tensorrt.kernels.paged_attention import paged_attention
-from quire_build.tensorrt.operators.assign_splits import WHOLE, num_spare, tile_rows
+from quire_build.tensorrt.operators.assign_splits import WHOLE, num_spare, tile_rows, tokens_per_tile
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, pool_type, power_of_two
 from quire_build.tensorrt.operators.pool_layer import PoolLayer
 
@@ -64,7 +64,7 @@ class PagedAttend(PoolLayer):
 
     @property
     def _tokens_per_tile(self) -> int:
-        return tile_rows(self.head_dim, self._group) // self._group
+        return tokens_per_tile(self.head_dim, self._group)
 
     def outputs(self, shapes: Sequence[Shape]) -> tuple[tuple[tuple[Any, ...], str], ...]:
         """The attended values, and scratch for a first split of each tile besides its spare ones."""
