@@ -26,7 +26,7 @@ from quire.execution.engine_state import (
 )
 from quire_build.tensorrt.kernels.assign_splits import SPARES_RADIX
 from quire_build.tensorrt.kernels.kv_write import Heads, kv_write
-from quire_build.tensorrt.kernels.paged_attention import heads_together, paged_attention
+from quire_build.tensorrt.kernels.paged_attention import Attention, heads_together, paged_attention
 from quire_build.tensorrt.operators import in_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -177,19 +177,21 @@ def run_attention(
         out,
         partial_out,
         partial_lse,
-        HEAD_DIM=layout.head_dim,
-        HEAD_DIM_PADDED=padded,
-        NUM_KV_HEADS=layout.kv_heads,
-        GROUP=group,
-        BLOCK_SIZE=layout.block_size,
-        BLOCK_ELEMENTS=layout.block_elements,
-        MAX_BLOCKS=1 << 20,
-        NUM_POOLS=1,
-        BLOCKS_PER_POOL=1 << 20,
-        POOL_OFFSETS_BYTE=POOL_OFFSETS_BYTE,
-        COUNTERS_BYTE=COUNTERS_BYTE,
-        WINDOW=layout.window,
-        SCALE_LOG2=math.log2(math.e) / math.sqrt(layout.head_dim),
+        ATTENTION=Attention(
+            num_kv_heads=layout.kv_heads,
+            group=group,
+            head_dim=layout.head_dim,
+            head_dim_padded=padded,
+            window=layout.window,
+            scale_log2=math.log2(math.e) / math.sqrt(layout.head_dim),
+            block_size=layout.block_size,
+            block_elements=layout.block_elements,
+            max_blocks=1 << 20,
+            num_pools=1,
+            blocks_per_pool=1 << 20,
+            pool_offsets_byte=POOL_OFFSETS_BYTE,
+            counters_byte=COUNTERS_BYTE,
+        ),
         ROWS=block_m,
         ROW_KEYS=block_n,
         ROW_STAGES=2,

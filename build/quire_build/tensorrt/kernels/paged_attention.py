@@ -26,6 +26,8 @@ nothing outside the inputs is read, nothing outside the outputs is written, and 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -36,6 +38,38 @@ LARGEST_HALF = tl.constexpr(65504.0)
 """The largest number of float16."""
 WARPGROUP_ROWS = tl.constexpr(64)
 """Rows from which on Hopper multiplies by warp groups, whose K and V come from shared memory."""
+
+
+class Attention(NamedTuple):
+    """What a model's attention and its pool look like: constants of a kernel.
+
+    Attributes:
+        num_kv_heads: heads of keys and values.
+        group: query heads that share one of them.
+        head_dim: numbers of a head; head_dim_padded is a power of two that the matrix unit takes.
+        window: positions that a query sees, its own the last; 0 for all.
+        scale_log2: softmax scale times log2(e).
+        block_size: tokens in a block of the pool.
+        block_elements: elements of a block over all layers.
+        max_blocks: no pool of this plan has more blocks.
+        num_pools, blocks_per_pool: the pool's parts.
+        pool_offsets_byte: where the engine's state says how far apart they are.
+        counters_byte: where its counters are.
+    """
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    head_dim_padded: int
+    window: int
+    scale_log2: float
+    block_size: int
+    block_elements: int
+    max_blocks: int
+    num_pools: int
+    blocks_per_pool: int
+    pool_offsets_byte: int
+    counters_byte: int
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_seqs", "blocks_per_table", "layer"])
@@ -55,19 +89,7 @@ def paged_attention(
     out,
     partial_out,
     partial_lse,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_ELEMENTS: tl.constexpr,
-    MAX_BLOCKS: tl.constexpr,
-    NUM_POOLS: tl.constexpr,
-    BLOCKS_PER_POOL: tl.constexpr,
-    POOL_OFFSETS_BYTE: tl.constexpr,
-    COUNTERS_BYTE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SCALE_LOG2: tl.constexpr,
+    ATTENTION: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_KEYS: tl.constexpr,
     ROW_STAGES: tl.constexpr,
@@ -83,28 +105,25 @@ def paged_attention(
 ):
     """Attend one tile of queries to one split of its sequence's context.
 
-    Grid: ((NUM_SPARE + num_seqs + (num_tokens - num_seqs) // (ROWS // GROUP)) * NUM_KV_HEADS,): NUM_SPARE
+    Grid: ((NUM_SPARE + num_seqs + (num_tokens - num_seqs) // (tokens of a tile)) * KV heads,): NUM_SPARE
     tiles' worth for splits beyond a tile's first. They come first, as those of long contexts, or last where
     all other programs run at once: idle ones in front would delay them.
 
     Args:
-        query: [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM], rotated.
+        query: [num_tokens, query heads, head size], rotated.
         block_tables: int32 [num_seqs, blocks_per_table].
         query_start_loc: int32 [num_seqs + 1]; only the last sequences may be without tokens, as padding is.
         seq_lens: int32 [num_seqs].
         spare_tiles: int32 [NUM_SPARE], and seq_spares, int32 [num_seqs]: see `assign_splits`. No tile has
             more than NUM_SPARE splits.
-        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][HEAD_DIM], in the
+        kv_cache: the pool's first part, laid out as [block][layer][K, V][kv head][offset][head size], in the
             query's type or e4m3.
         engine_state: int64, see `quire.execution.engine_state`.
         layer: which layer's K and V of each block to read.
-        out: out, [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM].
-        partial_out: scratch, float32 [ROWS // GROUP, 2 * NUM_SPARE, NUM_KV_HEADS * GROUP, HEAD_DIM].
-        partial_lse: scratch, float32 [ROWS // GROUP, 2 * NUM_SPARE, NUM_KV_HEADS * GROUP], base 2.
-        BLOCK_ELEMENTS: elements of one block over all layers.
-        MAX_BLOCKS: no pool of this plan has more blocks.
-        WINDOW: a query sees this many positions up to its own; 0 for all.
-        SCALE_LOG2: softmax scale times log2(e).
+        out: out, [num_tokens, query heads, head size].
+        partial_out: scratch, float32 [tokens of a tile, 2 * NUM_SPARE, query heads, head size].
+        partial_lse: scratch, float32 [tokens of a tile, 2 * NUM_SPARE, query heads], base 2.
+        ATTENTION: see `Attention`.
         ROWS: rows of a full tile; ROW_KEYS keys at a time, fetched ROW_STAGES - 1 ahead.
         FEW_ROWS: up to so many rows are few; FEW_KEYS and FEW_STAGES are for them.
         AT_A_TIME: programs that the GPU runs at a time.
@@ -112,6 +131,9 @@ def paged_attention(
         WHOLE: keys up to which a context is not split, and KV heads may share a tile.
         COMBINED_ROWS: rows, and COMBINED_SPLITS splits, combined at a time.
     """
+    NUM_KV_HEADS: tl.constexpr = ATTENTION.num_kv_heads
+    GROUP: tl.constexpr = ATTENTION.group
+    BLOCK_SIZE: tl.constexpr = ATTENTION.block_size
     TOKENS_PER_TILE: tl.constexpr = ROWS // GROUP
     HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     SPARE_PROGRAMS: tl.constexpr = NUM_SPARE * NUM_KV_HEADS
@@ -138,7 +160,7 @@ def paged_attention(
     query_end = tl.load(query_start_loc + seq + 1)
     seq_len = tl.load(seq_lens + seq)
     spares = tl.load(seq_spares + seq)
-    num_blocks = pool_blocks(engine_state, MAX_BLOCKS)
+    num_blocks = pool_blocks(engine_state, ATTENTION.max_blocks)
     # The blocks of the context's first keys, before it is known whether they are needed.
     few = tl.arange(0, FEW_KEYS) // BLOCK_SIZE
     first_blocks = tl.load(
@@ -173,8 +195,8 @@ def paged_attention(
     first_position = seq_len - query_len + first_token
     key_end = tl.maximum(first_position + num_rows // GROUP, 0)
     begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(first_position - (WINDOW - 1), 0) // BLOCK_SIZE * BLOCK_SIZE
+    if ATTENTION.window > 0:
+        begin = tl.maximum(first_position - (ATTENTION.window - 1), 0) // BLOCK_SIZE * BLOCK_SIZE
     end = key_end
     kv_heads = 1
     first_spare = spares // SPARES_RADIX + first_token // TOKENS_PER_TILE * (spares % SPARES_RADIX)
@@ -204,131 +226,32 @@ def paged_attention(
             num_rows *= kv_heads
 
     first_row = (query_start + first_token) * HEADS + kv_head * GROUP
-    PLANE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM  # K, or V, of one layer of one block
-    keys = kv_cache + layer.to(tl.int64) * (2 * PLANE) + kv_head * (BLOCK_SIZE * HEAD_DIM)
+    HEAD: tl.constexpr = BLOCK_SIZE * ATTENTION.head_dim  # K, or V, of one head in one block
+    keys = kv_cache + layer.to(tl.int64) * (2 * NUM_KV_HEADS * HEAD) + kv_head * HEAD
     table = block_tables + seq.to(tl.int64) * blocks_per_table
+    are_known = (seq == tile) & (begin == 0)
+    tensors = (query, table, keys, engine_state, out, partial_out, partial_lse)
     place_of_split = tl.where(is_spare, spare, NUM_SPARE + first_spare)
+    part = (first_row, place_of_split, num_rows, num_blocks, first_position, begin, end, num_splits)
     # One of these. Were they nested, the compiler would give each shared memory of its own.
     if num_rows > FEW_ROWS:
-        row_blocks = tl.zeros([ROW_KEYS], tl.int32)
-        _attend(
-            query,
-            table,
-            row_blocks,
-            False,
-            keys,
-            engine_state,
-            out,
-            partial_out,
-            partial_lse,
-            first_row,
-            place_of_split,
-            num_rows,
-            1,
-            num_blocks,
-            first_position,
-            begin,
-            end,
-            num_splits,
-            HEAD_DIM,
-            HEAD_DIM_PADDED,
-            HEADS,
-            GROUP,
-            NUM_SPARE,
-            BLOCK_SIZE,
-            BLOCK_ELEMENTS,
-            NUM_POOLS,
-            BLOCKS_PER_POOL,
-            POOL_OFFSETS_BYTE,
-            PLANE,
-            WINDOW,
-            SCALE_LOG2,
-            False,
-            ROWS,
-            ROW_KEYS,
-            ROW_STAGES,
-        )
+        no_blocks = tl.zeros([ROW_KEYS], tl.int32)
+        _attend(*tensors, *part, no_blocks, False, 1, ATTENTION, NUM_SPARE, False, ROWS, ROW_KEYS, ROW_STAGES)
     if (num_rows <= FEW_ROWS) & (kv_heads == 1):
         _attend(
-            query,
-            table,
-            first_blocks,
-            (seq == tile) & (begin == 0),
-            keys,
-            engine_state,
-            out,
-            partial_out,
-            partial_lse,
-            first_row,
-            place_of_split,
-            num_rows,
-            1,
-            num_blocks,
-            first_position,
-            begin,
-            end,
-            num_splits,
-            HEAD_DIM,
-            HEAD_DIM_PADDED,
-            HEADS,
-            GROUP,
-            NUM_SPARE,
-            BLOCK_SIZE,
-            BLOCK_ELEMENTS,
-            NUM_POOLS,
-            BLOCKS_PER_POOL,
-            POOL_OFFSETS_BYTE,
-            PLANE,
-            WINDOW,
-            SCALE_LOG2,
-            False,
-            FEW_ROWS,
-            FEW_KEYS,
-            FEW_STAGES,
-        )
+            *tensors, *part, first_blocks, are_known, 1,
+            ATTENTION, NUM_SPARE, False, FEW_ROWS, FEW_KEYS, FEW_STAGES,
+        )  # fmt: skip
     if kv_heads > 1:
         _attend(
-            query,
-            table,
-            first_blocks,
-            (seq == tile) & (begin == 0),
-            keys,
-            engine_state,
-            out,
-            partial_out,
-            partial_lse,
-            first_row,
-            place_of_split,
-            num_rows,
-            kv_heads,
-            num_blocks,
-            first_position,
-            begin,
-            end,
-            num_splits,
-            HEAD_DIM,
-            HEAD_DIM_PADDED,
-            HEADS,
-            GROUP,
-            NUM_SPARE,
-            BLOCK_SIZE,
-            BLOCK_ELEMENTS,
-            NUM_POOLS,
-            BLOCKS_PER_POOL,
-            POOL_OFFSETS_BYTE,
-            PLANE,
-            WINDOW,
-            SCALE_LOG2,
-            True,
-            FEW_ROWS,
-            FEW_KEYS,
-            FEW_STAGES,
-        )
+            *tensors, *part, first_blocks, are_known, kv_heads,
+            ATTENTION, NUM_SPARE, True, FEW_ROWS, FEW_KEYS, FEW_STAGES,
+        )  # fmt: skip
     if num_splits == 1:
         return
 
     tl.debug_barrier()  # every thread's stores come before the count
-    counters = engine_state.to(tl.pointer_type(tl.int32), bitcast=True) + COUNTERS_BYTE // 4
+    counters = engine_state.to(tl.pointer_type(tl.int32), bitcast=True) + ATTENTION.counters_byte // 4
     counter = counters + first_spare * NUM_KV_HEADS + kv_head
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     if arrived != num_splits - 1:
@@ -344,10 +267,7 @@ def paged_attention(
         num_rows,
         first_spare,
         num_splits,
-        HEAD_DIM,
-        HEAD_DIM_PADDED,
-        HEADS,
-        GROUP,
+        ATTENTION,
         NUM_SPARE,
         COMBINED_ROWS,
         COMBINED_SPLITS,
@@ -379,8 +299,6 @@ def heads_together(rows, KV_HEADS: tl.constexpr, AT_A_TIME: tl.constexpr, MOST: 
 def _attend(
     query,
     table,
-    first_blocks,
-    are_known,
     keys,
     engine_state,
     out,
@@ -389,25 +307,16 @@ def _attend(
     first_row,
     place_of_split,
     num_rows,
-    kv_heads,
     num_blocks,
     first_position,
     begin,
     end,
     num_splits,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+    first_blocks,
+    are_known,
+    kv_heads,
+    ATTENTION: tl.constexpr,
     NUM_SPARE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_ELEMENTS: tl.constexpr,
-    NUM_POOLS: tl.constexpr,
-    BLOCKS_PER_POOL: tl.constexpr,
-    POOL_OFFSETS_BYTE: tl.constexpr,
-    PLANE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SCALE_LOG2: tl.constexpr,
     HEADS_TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -420,6 +329,12 @@ def _attend(
     ``kv_heads`` KV heads, whose keys come one head after another; a row sees those of its own. Without
     HEADS_TOGETHER there is one. What comes out is the result where ``num_splits`` is 1, elsewhere a part.
     """
+    GROUP: tl.constexpr = ATTENTION.group
+    HEADS: tl.constexpr = ATTENTION.num_kv_heads * GROUP
+    HEAD_DIM: tl.constexpr = ATTENTION.head_dim
+    HEAD_DIM_PADDED: tl.constexpr = ATTENTION.head_dim_padded
+    BLOCK_SIZE: tl.constexpr = ATTENTION.block_size
+    PLANE: tl.constexpr = ATTENTION.num_kv_heads * BLOCK_SIZE * HEAD_DIM  # K, or V, of one layer of one block
     row = tl.arange(0, BLOCK_M)
     row_mask = row < num_rows
     token = row // (GROUP * kv_heads)
@@ -449,7 +364,7 @@ def _attend(
     column = tl.arange(0, BLOCK_N)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
-    offsets = pool_offsets(engine_state, POOL_OFFSETS_BYTE)
+    offsets = pool_offsets(engine_state, ATTENTION.pool_offsets_byte)
     # The blocks of the next keys are known one step before the keys themselves are fetched.
     unknown = begin + column < tl.where(are_known, begin, end)
     block = tl.load(table + (begin + column) // BLOCK_SIZE, mask=unknown, other=first_blocks)
@@ -460,7 +375,7 @@ def _attend(
         key_mask = key < end
         block = tl.where((block < 0) | (block >= num_blocks), 0, block)
         offset = (kv_head * BLOCK_SIZE + key % BLOCK_SIZE) * HEAD_DIM + block_start(
-            block, offsets, BLOCK_ELEMENTS, NUM_POOLS, BLOCKS_PER_POOL
+            block, offsets, ATTENTION.block_elements, ATTENTION.num_pools, ATTENTION.blocks_per_pool
         )
         of_head = head // GROUP == kv_head
         start += BLOCK_N
@@ -475,15 +390,18 @@ def _attend(
         if PAIRED:
             k = tl.load(source, mask=source_mask, other=0)
             scores = tl.dot(q, tl.trans(_even(k, q.dtype)), input_precision="ieee")
-            scores = tl.dot(q_odd, tl.trans(_odd(k, q.dtype)), scores, input_precision="ieee") * SCALE_LOG2
+            scores = (
+                tl.dot(q_odd, tl.trans(_odd(k, q.dtype)), scores, input_precision="ieee")
+                * ATTENTION.scale_log2
+            )
         else:
             k = tl.load(source, mask=source_mask, other=0.0).to(q.dtype)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE_LOG2
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * ATTENTION.scale_log2
         visible = key_mask[None, :] & (key[None, :] <= position[:, None])
         if HEADS_TOGETHER:
             visible = visible & of_head[:, None]
-        if WINDOW > 0:
-            visible = visible & (key[None, :] > position[:, None] - WINDOW)
+        if ATTENTION.window > 0:
+            visible = visible & (key[None, :] > position[:, None] - ATTENTION.window)
         scores = tl.where(visible, scores, float("-inf"))
 
         new_max = tl.maximum(running_max, tl.max(scores, 1))
@@ -540,10 +458,7 @@ def _combine(
     num_rows,
     first_spare,
     num_splits,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+    ATTENTION: tl.constexpr,
     NUM_SPARE: tl.constexpr,
     COMBINED_ROWS: tl.constexpr,
     COMBINED_SPLITS: tl.constexpr,
@@ -552,6 +467,10 @@ def _combine(
 
     ``first_row`` is the tile's first among the results, ``first_head`` its query head.
     """
+    GROUP: tl.constexpr = ATTENTION.group
+    HEADS: tl.constexpr = ATTENTION.num_kv_heads * GROUP
+    HEAD_DIM: tl.constexpr = ATTENTION.head_dim
+    HEAD_DIM_PADDED: tl.constexpr = ATTENTION.head_dim_padded
     dim = tl.arange(0, HEAD_DIM_PADDED)
     dim_mask = dim < HEAD_DIM
     every = tl.arange(0, NUM_SPARE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quire.execution.engine_state import COUNTERS_BYTE, POOL_OFFSETS_BYTE
-from quire_build.tensorrt.kernels.paged_attention import paged_attention
+from quire_build.tensorrt.kernels.paged_attention import Attention, paged_attention
 from quire_build.tensorrt.operators.assign_splits import WHOLE, num_spare, tile_rows, tokens_per_tile
 from quire_build.tensorrt.operators.launch import MODEL, Arithmetic, Launch, Shape, pool_type, power_of_two
 from quire_build.tensorrt.operators.pool_layer import PoolLayer
@@ -106,19 +106,21 @@ class PagedAttend(PoolLayer):
                 "partial_lse": "*fp32",
             },
             constants={
-                "HEAD_DIM": self.head_dim,
-                "HEAD_DIM_PADDED": padded,
-                "NUM_KV_HEADS": self.num_kv_heads,
-                "GROUP": self._group,
-                "BLOCK_SIZE": self.block_size,
-                "BLOCK_ELEMENTS": self.block_elements,
-                "MAX_BLOCKS": self.max_blocks,
-                "NUM_POOLS": self.num_pools,
-                "BLOCKS_PER_POOL": self.blocks_per_pool,
-                "POOL_OFFSETS_BYTE": POOL_OFFSETS_BYTE,
-                "COUNTERS_BYTE": COUNTERS_BYTE,
-                "WINDOW": self.window,
-                "SCALE_LOG2": self.scale * math.log2(math.e),
+                "ATTENTION": Attention(
+                    num_kv_heads=self.num_kv_heads,
+                    group=self._group,
+                    head_dim=self.head_dim,
+                    head_dim_padded=padded,
+                    window=self.window,
+                    scale_log2=self.scale * math.log2(math.e),
+                    block_size=self.block_size,
+                    block_elements=self.block_elements,
+                    max_blocks=self.max_blocks,
+                    num_pools=self.num_pools,
+                    blocks_per_pool=self.blocks_per_pool,
+                    pool_offsets_byte=POOL_OFFSETS_BYTE,
+                    counters_byte=COUNTERS_BYTE,
+                ),
                 "ROWS": tile_rows(self.head_dim, self._group),
                 "ROW_KEYS": max(16, min(32, 4096 // padded)),
                 "ROW_STAGES": 2,
