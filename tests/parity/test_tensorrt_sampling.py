@@ -241,6 +241,15 @@ def test_the_table_takes_no_more_rows_than_it_has() -> None:
     np.testing.assert_array_equal(got, logits.argmax(axis=1))
 
 
+def test_zeros_of_both_signs_are_equally_likely() -> None:
+    logits = np.zeros((2, 300), dtype=np.float32)
+    logits[:, ::2] = -0.0
+    sampling = np.array([[1, 0, 1, 0, 0.9], [1, 1, 1, 0, 0.5]], dtype=np.float32)
+    np.testing.assert_array_equal(
+        run(logits, sampling, BLOCK=128, CAPACITY=128), Sampler().sample_packed(logits, sampling)
+    )
+
+
 def test_garbage_parameters_still_give_a_token() -> None:
     rng = np.random.default_rng(11)
     garbage = [np.nan, -1.0, np.inf, -np.inf, 3e38, 1e-45, 0.5]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import struct
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,3 +158,26 @@ def error_of(server: RunningServer, request: Any) -> str:
         service = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         (response,) = service.ModelStreamInfer(iter([request]), timeout=30)
         return str(response.error_message)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (json.dumps({"text_input": "w" * 8_000_000}), "application/x-www-form-urlencoded"),
+        ('{"text_input":' + "[" * 1_000_000, "application/json"),
+    ],
+    ids=["a large form", "deep nesting"],
+)
+def test_a_body_that_wants_much_stack_is_refused_over_http(
+    server: RunningServer, body: str, content_type: str
+) -> None:
+    """Triton takes both apart on a thread's stack."""
+    request = urllib.request.Request(
+        f"http://{server.ports.http_url}/v2/models/llm/generate",
+        body.encode(),
+        {"Content-Type": content_type},
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code in (400, 500)
+    refused.value.close()

@@ -8,6 +8,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -51,6 +52,20 @@ def test_ctrl_c_on_an_idle_server_stops_within_the_exit_timeout(repository: Path
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.wait() == 0
         assert time.monotonic() - asked < 10 + 5
+
+
+@pytest.mark.parametrize("address", ["localhost", "::1"])
+def test_a_name_or_an_ipv6_address_can_be_listened_on(repository: Path, address: str) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            if address == "::1":
+                pytest.skip("this machine has no IPv6")
+    with serving(repository, f"--address={address}") as server:
+        host = f"[{address}]" if ":" in address else address
+        with Client(f"{host}:{server.ports.grpc}") as client:
+            assert client.generate(PROMPT, max_tokens=2).num_output_tokens == 2
 
 
 def test_a_server_that_drains_takes_no_new_requests(repository: Path) -> None:

@@ -177,6 +177,19 @@ def test_an_address_of_another_machine_is_refused() -> None:
         Endpoints("192.0.2.1").check_free()
 
 
+def test_a_name_is_given_to_the_server_as_an_address() -> None:
+    assert Endpoints("localhost").resolved().address in ("127.0.0.1", "::1")
+    with pytest.raises(StartupError, match=r"cannot listen on 'no such host' .*--address"):
+        Endpoints("no such host").resolved()
+
+
+def test_ipv6_is_written_as_each_of_tritons_servers_wants_it() -> None:
+    flags = Endpoints("::1", 5, 6, 7).server_flags()
+    assert "--grpc-address=[::1]" in flags
+    assert "--http-address=ipv6:::1" in flags
+    assert "--metrics-address=ipv6:::1" in flags
+
+
 @pytest.mark.parametrize(
     ("address", "url"), [("127.0.0.1", "127.0.0.1:5"), ("0.0.0.0", "127.0.0.1:5"), ("::", "[::1]:5")]
 )

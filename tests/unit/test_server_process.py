@@ -171,7 +171,7 @@ def test_ctrl_c_is_heard_while_a_server_that_crashed_has_time_to_end() -> None:
     run = Run(ready=True, ends=False)
     with pytest.raises(QuireError, match=NOT_ENDED):
         run(crash_grace_s=NEVER_S, see=interrupt)
-    assert run.reports[-2:] == [DRAINING, STOPPING]
+    assert run.reports[-1] == STOPPING
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["blocks", "ends"])
@@ -210,6 +210,24 @@ def test_a_server_that_crashes_as_it_stops_has_crashed_and_is_not_waited_for(
     finally:
         over.set()
     assert time.monotonic() - asked < PATIENCE_S
+
+
+def test_requests_get_half_of_a_short_exit_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[float] = []
+
+    def ask(*_: object, timeout_s: float) -> str:
+        times.append(timeout_s)
+        return ""
+
+    def interrupt(line: str) -> None:
+        if line == WORKING:
+            press_ctrl_c()
+
+    monkeypatch.setattr("quire.launcher.server_process.ask_scheduler", ask)
+    run = Run(ready=True, ends=False, says=WORKING)
+    run(crash_grace_s=NEVER_S, exit_timeout_s=1, see=interrupt)  # less than the server itself is given
+    assert DRAINING in run.reports
+    assert 0 < times[0] <= 0.5
 
 
 def test_a_second_ctrl_c_that_another_thread_gets_is_heard_while_requests_finish(

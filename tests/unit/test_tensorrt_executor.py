@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.unit.fake_gpu import (
     BLOCK_SIZE,
     DETAILS,
@@ -335,6 +336,38 @@ def test_the_inputs_arrays_may_change_once_the_step_is_submitted(server: Server)
     ids = handle.result(TIMEOUT_S).sampled_ids
     assert ids is not None
     assert ids.tolist() == sequences.expected([0])
+
+
+def test_sampled_tokens_outlive_the_executor(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing frees the memory that they come from, which is somebody else's then."""
+    free = server.device.free_pinned
+
+    def free_and_overwrite(memory: NDArray[np.uint8]) -> None:
+        free(memory)
+        memory[:] = 0xEE
+
+    monkeypatch.setattr(server.device, "free_pinned", free_and_overwrite)
+    sequences = prompts(5)
+    ids = server.executor.submit(sequences.step([0])).result(TIMEOUT_S).sampled_ids
+    server.executor.close()
+    assert ids is not None
+    assert ids.tolist() == sequences.expected([0])
+
+
+def test_a_step_that_ended_as_the_executor_was_closed_reads_nothing_of_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = server.executor._wait
+
+    def wait_and_close(*arguments: Any) -> bool:
+        done = wait(*arguments)
+        server.executor.close()
+        return done
+
+    monkeypatch.setattr(server.executor, "_wait", wait_and_close)
+    handle = server.executor.submit(prompts(5).step([0]))
+    with pytest.raises(PeerLostError, match="stopping"):
+        handle.result(TIMEOUT_S)
 
 
 def test_a_third_step_is_refused_until_one_is_collected(server: Server) -> None:

@@ -16,7 +16,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -63,8 +63,37 @@ class Endpoints:
         host = f"[{self.local_address}]" if ":" in self.local_address else self.local_address
         return f"{host}:{port}"
 
+    def resolved(self) -> Endpoints:
+        """The same with a numeric address: Triton takes a host's name for 255.255.255.255.
+
+        Raises:
+            StartupError: the name is not known.
+        """
+        try:
+            found = socket.getaddrinfo(self.address, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise StartupError(
+                f"cannot listen on {self.address!r} ({reason}); "
+                "choose an address of this machine with --address"
+            ) from error
+        return replace(self, address=str(found[0][4][0]))
+
+    def server_flags(self) -> tuple[str, ...]:
+        """Where Triton is told to listen; each of its servers writes an IPv6 address in its own way."""
+        is_ipv6 = ":" in self.address
+        http_address = f"ipv6:{self.address}" if is_ipv6 else self.address
+        return (
+            f"--grpc-address={f'[{self.address}]' if is_ipv6 else self.address}",
+            f"--grpc-port={self.grpc_port}",
+            f"--http-address={http_address}",
+            f"--http-port={self.http_port}",
+            f"--metrics-address={http_address}",
+            f"--metrics-port={self.metrics_port}",
+        )
+
     def check_free(self) -> None:
-        """Check that every port can be listened on, and that no two are the same.
+        """Check that every port of a numeric address can be listened on, and that no two are the same.
 
         Raises:
             StartupError: a port is taken, or the address isn't this machine's.
@@ -149,13 +178,14 @@ def plan_launch(options: LaunchOptions) -> LaunchPlan:
         check_tensorrt(repository.engine, triton)
     if repository.has_hosted_plan:
         _check_pool_is_left_alone({**os.environ, **chosen})
-    options.endpoints.check_free()
+    endpoints = options.endpoints.resolved()
+    endpoints.check_free()
     check_shared_memory(repository, settings.within(repository.manifest.limits))
     shm_prefix = f"{SHM_PREFIX}{uuid.uuid4().hex[:12]}_"
     return LaunchPlan(
-        argv=_arguments(triton, options, shm_prefix),
+        argv=_arguments(triton, options.repository, endpoints, shm_prefix),
         environment=_environment(triton) | chosen,
-        endpoints=options.endpoints,
+        endpoints=endpoints,
         shm_prefix=shm_prefix,
     )
 
@@ -230,19 +260,15 @@ def check_shared_memory(repository: ModelRepository, settings: ServingSettings) 
         )
 
 
-def _arguments(triton: TritonInstallation, options: LaunchOptions, shm_prefix: str) -> tuple[str, ...]:
-    endpoints = options.endpoints
+def _arguments(
+    triton: TritonInstallation, repository: Path, endpoints: Endpoints, shm_prefix: str
+) -> tuple[str, ...]:
     return (
         str(triton.binary),
-        f"--model-repository={plain_path(options.repository.resolve())}",
+        f"--model-repository={plain_path(repository.resolve())}",
         f"--backend-directory={backend_directory(triton)}",
         "--disable-auto-complete-config",
-        f"--grpc-address={endpoints.address}",
-        f"--grpc-port={endpoints.grpc_port}",
-        f"--http-address={endpoints.address}",
-        f"--http-port={endpoints.http_port}",
-        f"--metrics-address={endpoints.address}",
-        f"--metrics-port={endpoints.metrics_port}",
+        *endpoints.server_flags(),
         "--allow-gpu-metrics=false",
         f"--exit-timeout-secs={SERVER_EXIT_TIMEOUT_S}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",

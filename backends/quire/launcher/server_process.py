@@ -14,6 +14,7 @@ import ctypes
 import enum
 import os
 import queue
+import resource
 import signal
 import subprocess
 import threading
@@ -43,6 +44,10 @@ It prints its stack first, with a run of addr2line for each frame: half a second
 Where it crashed inside malloc, it may wait there for a lock of its own for ever. A core file that is still
 being written when the time is over stays incomplete.
 """
+STACK_BYTES = 1 << 30
+"""Stack of each of the server's threads, if the system allows it: address space, of which only what is used
+becomes memory. Triton's HTTP server puts a form's body, and each level of nested JSON, on its stack; with the
+usual 8 MiB a form of 5 MB ends the server."""
 LOG_TIMEOUT_S = 0.5
 REAP_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -125,8 +130,7 @@ class ServerProcess:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=(lock,),
-            # A launcher that was killed cannot stop its server any more.
-            preexec_fn=lambda: self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=self._prepare_child,
         )
         assert process.stdout is not None
         self._log.follow(
@@ -136,6 +140,14 @@ class ServerProcess:
         )
         threading.Thread(target=self._announce_exit, args=(process,), daemon=True).start()
         return process
+
+    def _prepare_child(self) -> None:
+        # A launcher that was killed cannot stop its server any more.
+        self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+        allowed = STACK_BYTES if hard == resource.RLIM_INFINITY else min(hard, STACK_BYTES)
+        if soft == resource.RLIM_INFINITY or soft < allowed:  # without a limit threads get 2 MiB
+            resource.setrlimit(resource.RLIMIT_STACK, (allowed, hard))
 
     def _announce_exit(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()
@@ -202,7 +214,8 @@ class ServerProcess:
             reason = rendezvous.reason_of_end() or f"exit status {process.returncode}"
             raise QuireError(f"the server ended by itself: {reason}")
         deadline = time.monotonic() + self._exit_timeout_s
-        self._drain(rendezvous.access_key, deadline - SERVER_EXIT_TIMEOUT_S)
+        reserved_s = min(SERVER_EXIT_TIMEOUT_S, self._exit_timeout_s / 2)  # for the server's own end
+        self._drain(rendezvous.access_key, deadline - reserved_s)
         self._report("stopping the server")
         self._log.shut()
         process.terminate()
@@ -229,10 +242,10 @@ class ServerProcess:
 
     def _drain(self, access_key: bytes, deadline: float) -> None:
         """Let the requests that are under way finish, as far as there is time."""
-        self._report("draining: no new requests; Ctrl-C again to kill")
         remaining_s = deadline - time.monotonic()
         if remaining_s <= 0:
             return
+        self._report("draining: no new requests; Ctrl-C again to kill")
         endpoints = self._plan.endpoints
         url = endpoints.local_url(endpoints.grpc_port)
 

@@ -112,7 +112,9 @@ class TensorRTExecutor:
         try:
             if not self._wait(step.buffers.done, timeout_s):
                 raise EngineStepError(f"step {step.number} took longer than {timeout_s:g} s")
-            token_ids = self._engine.collect(step.buffers, step.number, step.num_rows)
+            with self._lock:  # closing frees what is read here
+                self._refuse_if_closed()
+                token_ids = self._engine.collect(step.buffers, step.number, step.num_rows).copy()
         except DeviceError as error:
             self._failed = True
             raise EngineStepError(f"step {step.number} failed: {error}") from None

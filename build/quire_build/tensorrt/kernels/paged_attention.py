@@ -201,7 +201,12 @@ def paged_attention(
     kv_heads = 1
     first_spare = spares // SPARES_RADIX + first_token // TOKENS_PER_TILE * (spares % SPARES_RADIX)
     num_splits = 1 + spares % SPARES_RADIX
-    if (spares <= 0) | (first_spare < 0) | (first_spare + num_splits > NUM_SPARE + 1):
+    if (
+        (num_splits < 2)
+        | (num_splits > NUM_SPARE)
+        | (first_spare < 0)
+        | (first_spare + num_splits > NUM_SPARE + 1)
+    ):
         first_spare = 0
         num_splits = 1
     if key_end - begin > WHOLE:

@@ -481,6 +481,7 @@ def sample(
         best_id = tl.min(tl.where(parts == best, ids, VOCAB_SIZE))
         tl.debug_barrier()  # before the scratch serves for candidates
 
+    best = tl.where(best == 0.0, 0.0, best)  # -0.0 would lie at the distance -0.0 of 0.0
     chosen = best_id
     if (best == float("inf")) | (best == float("-inf")):
         chosen = -1
