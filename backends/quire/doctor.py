@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from quire import __version__, gpu_chain
-from quire.errors import ManifestError, StartupError
-from quire.execution.manifest import Manifest, read_manifest
+from quire.errors import CheckpointError, ManifestError, StartupError
+from quire.execution.manifest import Manifest, verify_files
 from quire.gpu_chain import Finding
-from quire.interface import EnginePlacement
+from quire.interface import LLM
 from quire.launcher.installation import backend_directory, find_triton
-from quire.launcher.plan import SHM_DIR
+from quire.launcher.plan import SHM_DIR, check_repository
+from quire.serving.frontend.generation_defaults import GenerationDefaults
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12))
 SMALLEST_SHM_BYTES = 64 << 20
@@ -38,9 +39,10 @@ def examine(repository: Path | None = None) -> list[Finding]:
     """Look at everything. No server has to run and nothing is changed but the cache of backends.
 
     Args:
-        repository: model repository that is to be served here; its engine is held against what is installed.
+        repository: model repository that is to be served here; its files are checked, and its engine is held
+            against what is installed.
     """
-    engine = _Engine(repository)
+    served = _Repository(repository)
     return [
         Finding("quire", __version__),
         *_python(),
@@ -48,32 +50,33 @@ def examine(repository: Path | None = None) -> list[Finding]:
         *(_package(name, f"pip install {name}") for name in SERVING_PACKAGES),
         _openvino(),
         *_build_packages(),
-        *engine.findings,
-        *gpu_chain.examine_chain(gpu_chain.look(), engine.plan),
+        *served.findings,
+        *gpu_chain.examine_chain(gpu_chain.look(), served.plan),
         _shared_memory(),
         Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"),
         Finding("memory", f"{_free_memory_bytes() >> 20} MiB free"),
     ]
 
 
-class _Engine:
-    """The engine of a repository: what is wrong with its manifest, and the manifest if it is of a plan."""
+class _Repository:
+    """What is wrong with a repository, and its engine's manifest if that is of a plan."""
 
-    def __init__(self, repository: Path | None) -> None:
+    def __init__(self, directory: Path | None) -> None:
         self.findings: list[Finding] = []
         self.plan: Manifest | None = None
-        if repository is None:
+        if directory is None:
             return
-        directories = [repository / placement.engine_owner / "1" for placement in EnginePlacement]
-        directory = next((found for found in directories if (found / "engine.json").exists()), directories[0])
         try:
-            manifest = read_manifest(directory)
-        except ManifestError as error:
-            self.findings.append(Finding("engine", "not usable", str(error)))
+            repository = check_repository(directory)
+        except StartupError as error:
+            self.findings.append(Finding("repository", "not usable", str(error)))
             return
-        kv = " with KV in fp8" if manifest.kv_cache_dtype == "fp8" else ""
-        state = f"{manifest.precision}{kv}, for {manifest.runtime} {manifest.runtime_version}"
-        self.findings.append(Finding("engine", state))
+        manifest = repository.manifest
+        self.findings += [
+            _engine(manifest),
+            _engine_files(manifest, directory / repository.engine.engine_owner / "1"),
+            *_frontend_files(directory / LLM / "1"),
+        ]
         if manifest.plan is not None:
             self.plan = manifest
 
@@ -88,6 +91,34 @@ def show(findings: list[Finding], console: Console) -> None:
     remedies = [f"{finding.subject}: {finding.remedy}" for finding in findings if finding.remedy]
     for remedy in remedies or ["Everything that serving needs is here and fits together."]:
         console.print(remedy, style="bold", markup=False, highlight=False, soft_wrap=True)
+
+
+def _engine(manifest: Manifest) -> Finding:
+    kv = " with KV in fp8" if manifest.kv_cache_dtype == "fp8" else ""
+    return Finding("engine", f"{manifest.precision}{kv}, for {manifest.runtime} {manifest.runtime_version}")
+
+
+def _engine_files(manifest: Manifest, directory: Path) -> Finding:
+    try:
+        verify_files(manifest, directory)
+    except ManifestError as error:
+        return Finding("engine files", "not usable", str(error))
+    return Finding("engine files", "as they were built")
+
+
+def _frontend_files(directory: Path) -> Iterator[Finding]:
+    """The checkpoint's files, read as the frontends do."""
+    if _version("tokenizers") is None:
+        return
+    from quire.text.tokenizer import Tokenizer
+
+    try:
+        Tokenizer.from_directory(directory)
+        GenerationDefaults.from_directory(directory)
+    except CheckpointError as error:
+        yield Finding("llm files", "not usable", f"{error}; build the repository again with `quire build`")
+    else:
+        yield Finding("llm files", "can be read")
 
 
 def _python() -> Iterator[Finding]:

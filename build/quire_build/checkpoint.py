@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from quire.errors import CheckpointError, UnsupportedModelError
 from quire.execution.manifest import file_digest
+from quire.serving.frontend.generation_defaults import GenerationDefaults
 from quire_build.decoder_config import DecoderConfig
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ SERVING_FILES = (
 """What the frontends need of a checkpoint; all but config.json and tokenizer.json may be absent."""
 
 _FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_RECOMPUTED = "rotary_emb.inv_freq"
+"""Ends the names of tensors that older checkpoints hold although config.json implies them."""
+_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,7 @@ class Checkpoint:
         if not (directory / "config.json").exists():
             raise CheckpointError(f"{directory} is no Hugging Face checkpoint: it has no config.json")
         config = DecoderConfig.from_huggingface(_read_json(directory / "config.json"))
-        if (directory / "generation_config.json").exists():
-            _read_json(directory / "generation_config.json")
+        GenerationDefaults.from_directory(directory)
         _check_tokenizer(directory / "tokenizer.json")
         tensor_files = _locate_tensors(directory)
         serving_files = tuple(name for name in SERVING_FILES if (directory / name).is_file())
@@ -87,7 +90,8 @@ def load_decoder(checkpoint: Checkpoint, num_positions: int) -> Decoder:
     """The checkpoint as a float32 torch module that runs in place.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape than config.json implies.
+        CheckpointError: a tensor is missing, has another shape than config.json implies, or is none of the
+            model that it describes.
         UnsupportedModelError: a tensor is stored in a type that is not a plain floating-point type.
     """
     import torch
@@ -97,6 +101,7 @@ def load_decoder(checkpoint: Checkpoint, num_positions: int) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config, num_positions)
     expected = decoder.state_dict()
+    _check_all_are_read(checkpoint, expected)
     if checkpoint.config.tie_word_embeddings:
         del expected["lm_head.weight"]
     weights = {name: _load_tensor(checkpoint, name, meta) for name, meta in expected.items()}
@@ -109,7 +114,8 @@ def load_decoder(checkpoint: Checkpoint, num_positions: int) -> Decoder:
 def checkpoint_weights(checkpoint: Checkpoint, num_positions: int) -> Callable[[str], Tensor]:
     """The decoder's parameters and tables by name, each read when it is asked for, as float32.
 
-    The function raises what `load_decoder` raises.
+    A tensor that nobody would ask for is refused at once; the function raises the rest of what
+    `load_decoder` raises.
     """
     import torch
 
@@ -119,6 +125,7 @@ def checkpoint_weights(checkpoint: Checkpoint, num_positions: int) -> Callable[[
     config = checkpoint.config
     with torch.device("meta"):
         expected = Decoder(config, num_positions).state_dict()
+    _check_all_are_read(checkpoint, expected)
     cosine, sine = cosine_and_sine(config.rope, config.head_dim, num_positions)
     tables = {"cosine": cosine, "sine": sine}
 
@@ -132,9 +139,29 @@ def checkpoint_weights(checkpoint: Checkpoint, num_positions: int) -> Callable[[
     return weight
 
 
+def _check_all_are_read(checkpoint: Checkpoint, parameters: Iterable[str]) -> None:
+    """Refuse weights that config.json has no place for: without them it would be another model.
+
+    A head that is tied to the embeddings is among the parameters, so that a checkpoint may hold it.
+    """
+    unread = checkpoint.tensor_files.keys() - {_tensor_name(parameter) for parameter in parameters}
+    names = sorted(name for name in unread if not name.endswith(_RECOMPUTED))
+    if names:
+        shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+        raise CheckpointError(
+            f"{checkpoint.directory} has tensors that config.json implies no place for, {len(names)} in all: "
+            f"{shown}; config.json does not fit the weights, use the one that was saved with them"
+        )
+
+
+def _tensor_name(parameter: str) -> str:
+    """What a checkpoint calls it: everything but the head lies under `model.`."""
+    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+
+
 def _load_tensor(checkpoint: Checkpoint, parameter: str, expected: Tensor) -> Tensor:
-    """One tensor as float32; everything but the head lies under `model.` in a checkpoint."""
-    name = parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+    """One tensor as float32."""
+    name = _tensor_name(parameter)
     if name not in checkpoint.tensor_files:
         raise CheckpointError(f"{checkpoint.directory} has no tensor {name}")
     path = checkpoint.directory / checkpoint.tensor_files[name]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 from rich.console import Console
+from tests.unit.tiny_engine import write_engine
 from typer.testing import CliRunner
 
 from quire import doctor
 from quire.cli import app
 from quire.doctor import examine, show
 from quire.gpu_chain import Finding
+from quire.interface import EnginePlacement
+from quire_build.repository import DEFAULT_FRONTENDS, write_configs
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +79,64 @@ def test_the_report_ends_with_a_verdict_and_breaks_no_path() -> None:
         f"✓  [server]  {path}",
         "Everything that serving needs is here and fits together.",
     ]
+
+
+@pytest.fixture(params=EnginePlacement)
+def repository(
+    request: pytest.FixtureRequest, tmp_path: Path, byte_level_backend: tokenizers.Tokenizer
+) -> Path:
+    """A whole one, whose engine is in `1` of the model that loads it."""
+    root = tmp_path / "repository"
+    write_configs(root, DEFAULT_FRONTENDS, request.param)
+    write_engine(root / request.param.engine_owner / "1")
+    byte_level_backend.save(str(root / "llm" / "1" / "tokenizer.json"))
+    return root
+
+
+def faults(repository: Path) -> list[tuple[str, str]]:
+    return [(finding.subject, finding.remedy) for finding in examine(repository) if finding.remedy]
+
+
+def test_a_whole_repository_needs_nothing(repository: Path) -> None:
+    assert faults(repository) == []
+
+
+def _change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "subject", "named"),
+    [
+        ("model.onnx", Path.unlink, "engine files", "model.onnx is missing"),
+        ("model.onnx", _change_a_byte, "engine files", "model.onnx has changed since it was built"),
+        ("engine.json", Path.unlink, "repository", "engine.json"),
+        ("tokenizer.json", Path.unlink, "llm files", "tokenizer.json is missing"),
+        ("tokenizer.json", lambda path: path.write_text("{"), "llm files", "tokenizer.json cannot be read"),
+    ],
+)
+def test_a_file_that_serving_would_refuse_is_named_with_what_to_do(
+    repository: Path, file: str, damage: Callable[[Path], object], subject: str, named: str
+) -> None:
+    (path,) = repository.rglob(file)
+    damage(path)
+    ((found, remedy),) = faults(repository)
+    assert found == subject and named in remedy and "quire build" in remedy
+
+
+def test_generation_defaults_that_serving_would_refuse_are_named(repository: Path) -> None:
+    (repository / "llm" / "1" / "generation_config.json").write_text('{"temperature": -3}')
+    ((subject, remedy),) = faults(repository)
+    assert subject == "llm files" and "generation_config.json" in remedy and "quire build" in remedy
+
+
+def test_a_model_that_is_missing_and_a_path_without_a_repository_are_told_apart(
+    repository: Path, tmp_path: Path
+) -> None:
+    ((subject, remedy),) = faults(tmp_path / "nowhere")
+    assert subject == "repository" and "there is no model repository at" in remedy
+    (repository / "llm" / "config.pbtxt").unlink()
+    ((subject, remedy),) = faults(repository)
+    assert subject == "repository" and "llm/config.pbtxt is missing" in remedy

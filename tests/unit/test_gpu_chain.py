@@ -22,6 +22,8 @@ from quire.execution.manifest import (
     write_manifest,
 )
 from quire.gpu_chain import Finding, FoundGpu, GpuMachine, examine_chain, look
+from quire.interface import EnginePlacement
+from quire_build.repository import write_configs
 
 H200 = FoundGpu("NVIDIA H200", (9, 0), 141 << 30)
 WHOLE = GpuMachine(
@@ -187,15 +189,10 @@ def test_the_doctor_holds_a_repositorys_plan_against_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    directory = tmp_path / "engine" / "1"
-    directory.mkdir(parents=True)
-    write_manifest(PLAN, directory)
+    repository = tmp_path / "repository"
+    write_configs(repository, 1, EnginePlacement.HOSTED, PLAN)
+    write_manifest(PLAN, repository / "engine" / "1")
     monkeypatch.setattr(gpu_chain, "look", lambda: replace(WHOLE, tensorrt="11.3.0.1"))
-    found = {finding.subject: finding for finding in examine(tmp_path)}
+    found = {finding.subject: finding for finding in examine(repository)}
     assert found["engine"] == Finding("engine", "bf16, for tensorrt 11.2.1.2")
     assert "11.2.1.2" in found["tensorrt"].remedy
-
-
-def test_a_repository_without_an_engine_is_a_finding_with_a_remedy(tmp_path: Path) -> None:
-    (engine,) = [finding for finding in examine(tmp_path / "nothing") if finding.subject == "engine"]
-    assert "quire build" in engine.remedy
