@@ -8,24 +8,53 @@ on stderr and exit code 1; wrong usage is exit code 2.
 from __future__ import annotations
 
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import typer
-from rich.console import Console
-from rich.markup import escape
 
-from quire import __version__
-from quire.errors import QuireError, StartupError
-from quire.execution.manifest import Precision
-from quire.interface import EnginePlacement
+@contextmanager
+def _ctrl_c_ends_the_program() -> Iterator[None]:
+    """End by SIGINT's default action while modules are imported.
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+    A KeyboardInterrupt there would be a traceback, or numpy's long ImportError.
+    """
+    replace = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if replace:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if replace:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+with _ctrl_c_ends_the_program():
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+    from quire import __version__
+    from quire.errors import QuireError, StartupError
+    from quire.execution.manifest import Precision
+    from quire.interface import EnginePlacement
+
+
+class _App(typer.Typer):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _ctrl_c_ends_the_program():
+            command = typer.main.get_command(self)
+        return command(*args, **kwargs)
+
+
+app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
@@ -117,7 +146,8 @@ def build(
     """Compile a checkpoint into a model repository."""
     with _errors_as_one_line():
         try:
-            from quire_build.pipeline import build as build_repository
+            with _ctrl_c_ends_the_program():
+                from quire_build.pipeline import build as build_repository
         except ModuleNotFoundError as error:
             raise StartupError(
                 f"building needs the package {error.name}; install it with: pip install 'quire[build,cpu]'"
@@ -188,7 +218,10 @@ def serve(
 
     A second Ctrl-C kills at once.
     """
-    from quire.launcher.plan import Endpoints, LaunchOptions, plan_launch
+    with _ctrl_c_ends_the_program():
+        from quire.launcher.plan import Endpoints, LaunchOptions, plan_launch
+        from quire.launcher.server_log import ServerLog
+        from quire.launcher.server_process import ServerProcess
 
     given = {
         "max_num_seqs": max_num_seqs,
@@ -212,9 +245,6 @@ def serve(
         if print_command:
             typer.echo(plan.shell_line())
             return
-        from quire.launcher.server_log import ServerLog
-        from quire.launcher.server_process import ServerProcess
-
         ServerProcess(
             plan,
             exit_timeout_s=exit_timeout,
@@ -242,7 +272,8 @@ def generate(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds until the request is given up.")] = 300.0,
 ) -> None:
     """Send one prompt to a running server and print what it generates; Ctrl-C cancels."""
-    from quire_client import Client, QuireClientError, SamplingOptions
+    with _ctrl_c_ends_the_program():
+        from quire_client import Client, QuireClientError, SamplingOptions
 
     given = SamplingOptions(
         max_tokens=max_tokens,
@@ -282,7 +313,8 @@ def profile(
     """Time decode steps of a TensorRT engine by kind of layer, beside what memory bandwidth allows."""
     with _errors_as_one_line():
         try:
-            from quire_build.tensorrt.profile import BATCHES, profile_repository, report
+            with _ctrl_c_ends_the_program():
+                from quire_build.tensorrt.profile import BATCHES, profile_repository, report
         except ModuleNotFoundError as error:
             raise StartupError(
                 f"profiling needs the package {error.name}; install it with: pip install 'quire[build]'"
@@ -299,7 +331,8 @@ def doctor(
     ] = None,
 ) -> None:
     """Check that everything serving needs is here and fits together."""
-    from quire.doctor import examine, show
+    with _ctrl_c_ends_the_program():
+        from quire.doctor import examine, show
 
     findings = examine(repository)
     show(findings, Console())

@@ -13,7 +13,15 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from quire_client.client import CONTROL_TIMEOUT_S, DEFAULT_MODEL, DEFAULT_TIMEOUT_S, DEFAULT_URL
 from quire_client.errors import QuireClientError, RequestCancelledError
 from quire_client.types import Delta, GenerateResult, ModelInfo, Prompt, SamplingOptions
-from quire_client.wire import CHANNEL_OPTIONS, ResponseReader, error_of_rpc, infer_request, model_info
+from quire_client.wire import (
+    CHANNEL_OPTIONS,
+    ResponseReader,
+    checked_timeout,
+    checked_url,
+    error_of_rpc,
+    infer_request,
+    model_info,
+)
 
 
 class AsyncClient:
@@ -29,7 +37,11 @@ class AsyncClient:
     ) -> None:
         self._timeout_s = timeout_s
         self._model = model
-        self._own_channel = grpc.aio.insecure_channel(url, CHANNEL_OPTIONS) if channel is None else None
+        self._own_channel = None
+        self._address = "the given channel's address"
+        if channel is None:
+            self._address = checked_url(url)
+            self._own_channel = grpc.aio.insecure_channel(url, CHANNEL_OPTIONS)
         self._service = service_pb2_grpc.GRPCInferenceServiceStub(channel or self._own_channel)
 
     async def __aenter__(self) -> Self:
@@ -84,14 +96,15 @@ class AsyncClient:
                 ),
             )
         except grpc.RpcError as error:
-            raise error_of_rpc(error) from error
+            raise error_of_rpc(error, self._address) from error
 
     def _start(
         self, prompt: Prompt, options: SamplingOptions, timeout_s: float | None, *, stream: bool
     ) -> AsyncTokenStream:
         request = infer_request(self._model, prompt, options, stream=stream)
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return AsyncTokenStream(self._service.ModelStreamInfer(iter([request]), timeout=limit_s))
+        limit_s = checked_timeout(self._timeout_s if timeout_s is None else timeout_s)
+        call = self._service.ModelStreamInfer(iter([request]), timeout=limit_s)
+        return AsyncTokenStream(call, self._address)
 
     @staticmethod
     async def _healthy(call: Awaitable[Any]) -> Any:
@@ -104,8 +117,9 @@ class AsyncClient:
 class AsyncTokenStream:
     """One request under way: an async iterator over its deltas; see `TokenStream`."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, address: str) -> None:
         self._call = call
+        self._address = address
         self._responses = aiter(call)
         self._reader = ResponseReader()
         self._cancelled = False
@@ -131,7 +145,7 @@ class AsyncTokenStream:
             self._reader.finished()
             raise
         except grpc.RpcError as error:
-            raise error_of_rpc(error) from error
+            raise error_of_rpc(error, self._address) from error
         except asyncio.CancelledError:
             # grpc reports its own cancellation the way asyncio reports that of the waiting task.
             if self._cancelled:

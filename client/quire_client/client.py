@@ -11,7 +11,15 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from quire_client.errors import QuireClientError
 from quire_client.types import Delta, GenerateResult, ModelInfo, Prompt, SamplingOptions
-from quire_client.wire import CHANNEL_OPTIONS, ResponseReader, error_of_rpc, infer_request, model_info
+from quire_client.wire import (
+    CHANNEL_OPTIONS,
+    ResponseReader,
+    checked_timeout,
+    checked_url,
+    error_of_rpc,
+    infer_request,
+    model_info,
+)
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_MODEL = "llm"
@@ -24,12 +32,15 @@ class Client:
     """A client of one server. May be shared by any number of threads; close it, or use it in `with`.
 
     Args:
-        url: the server's gRPC address, `host:port`.
+        url: the server's gRPC address, `host:port`; an IPv6 address goes in brackets.
         timeout_s: seconds that a request may take from its sending to its last token; a method's own
             `timeout_s` overrides it.
         model: name of the model.
         channel: a connection to use instead of one to `url`, with other credentials or options; the
             caller closes it.
+
+    Raises:
+        InvalidRequestError: `url` is not of this form.
     """
 
     def __init__(
@@ -42,7 +53,11 @@ class Client:
     ) -> None:
         self._timeout_s = timeout_s
         self._model = model
-        self._own_channel = grpc.insecure_channel(url, CHANNEL_OPTIONS) if channel is None else None
+        self._own_channel = None
+        self._address = "the given channel's address"
+        if channel is None:
+            self._address = checked_url(url)
+            self._own_channel = grpc.insecure_channel(url, CHANNEL_OPTIONS)
         self._service = service_pb2_grpc.GRPCInferenceServiceStub(channel or self._own_channel)
 
     def __enter__(self) -> Self:
@@ -77,7 +92,8 @@ class Client:
         """Start to generate from `prompt`; iterate over what is returned for the deltas as they come.
 
         Raises:
-            InvalidRequestError: an option cannot be sent. Other errors come out of the iteration.
+            InvalidRequestError: the prompt, an option or the timeout cannot be sent. Other errors come out
+                of the iteration.
         """
         return self._start(prompt, options, timeout_s, stream=True)
 
@@ -105,14 +121,15 @@ class Client:
                 self._service.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=CONTROL_TIMEOUT_S),
             )
         except grpc.RpcError as error:
-            raise error_of_rpc(error) from error
+            raise error_of_rpc(error, self._address) from error
 
     def _start(
         self, prompt: Prompt, options: SamplingOptions, timeout_s: float | None, *, stream: bool
     ) -> TokenStream:
         request = infer_request(self._model, prompt, options, stream=stream)
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return TokenStream(self._service.ModelStreamInfer(iter([request]), timeout=limit_s))
+        limit_s = checked_timeout(self._timeout_s if timeout_s is None else timeout_s)
+        call = self._service.ModelStreamInfer(iter([request]), timeout=limit_s)
+        return TokenStream(call, self._address)
 
     @staticmethod
     def _healthy(ask: Callable[[], Any]) -> bool:
@@ -129,8 +146,9 @@ class TokenStream:
     does forgetting the stream. `cancel` may be called from another thread.
     """
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, address: str) -> None:
         self._call = call
+        self._address = address
         self._reader = ResponseReader()
 
     def __enter__(self) -> Self:
@@ -154,7 +172,7 @@ class TokenStream:
             self._reader.finished()
             raise
         except grpc.RpcError as error:
-            raise error_of_rpc(error) from error
+            raise error_of_rpc(error, self._address) from error
         except QuireClientError:
             self._call.cancel()
             raise

@@ -1,14 +1,14 @@
 """What can go wrong with a request, as a tree to catch at the right height.
 
     QuireClientError
-    ├── UnavailableError          no server, or it is full or stopping: trying again may succeed
+    ├── UnavailableError          no server, a lost one, or it is full or stopping: trying again may succeed
     ├── RequestTimeoutError       the time given to the request is over
-    └── RequestError              the server answered that this request ends here
+    └── RequestError              this request ends here
         ├── InvalidRequestError   it can never succeed as it is
         ├── RequestCancelledError it was cancelled
         └── ServerFailureError    the server failed at it
 
-The message is the server's sentence.
+The message is the server's sentence, or the client's about what it refuses to send.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ class QuireClientError(Exception):
 
 
 class UnavailableError(QuireClientError):
-    """No server answered, or it cannot take the request now; trying again later may succeed."""
+    """No server answered, the connection was lost, or the server cannot take the request now.
+
+    Trying again later may succeed.
+    """
 
 
 class RequestTimeoutError(QuireClientError):
@@ -27,11 +30,11 @@ class RequestTimeoutError(QuireClientError):
 
 
 class RequestError(QuireClientError):
-    """The server ended the request."""
+    """The server ended the request, or the client refused to send it."""
 
 
 class InvalidRequestError(RequestError):
-    """A field has a wrong type, shape or value, or there is no such model."""
+    """A field, the timeout or the url has a wrong type, shape or value, or there is no such model."""
 
 
 class RequestCancelledError(RequestError):

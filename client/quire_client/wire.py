@@ -7,6 +7,7 @@ its end is the request's end and cancelling it cancels the request, with no tabl
 from __future__ import annotations
 
 import re
+import reprlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,14 +32,23 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
 )
 
+MAX_TIMEOUT_S = 10.0**9
+"""About 30 years; gRPC takes much more for a time that is over."""
+
 _OPTION_TYPES = {
-    "max_tokens": ("INT32", "<i"),
-    "temperature": ("FP32", "<f"),
-    "top_k": ("INT32", "<i"),
-    "top_p": ("FP32", "<f"),
-    "min_p": ("FP32", "<f"),
-    "seed": ("UINT64", "<Q"),
-    "exclude_input_in_output": ("BOOL", "?"),
+    "max_tokens": "INT32",
+    "temperature": "FP32",
+    "top_k": "INT32",
+    "top_p": "FP32",
+    "min_p": "FP32",
+    "seed": "UINT64",
+    "exclude_input_in_output": "BOOL",
+}
+_LAYOUTS_AND_LIMITS = {
+    "INT32": ("<i", f"an integer from {-(2**31)} to {2**31 - 1}"),
+    "UINT64": ("<Q", f"an integer from 0 to {2**64 - 1}"),
+    "FP32": ("<f", "a number from -3.4e38 to 3.4e38"),
+    "BOOL": ("<?", "True or False"),
 }
 
 _ERROR_OF_CODE: dict[str, type[QuireClientError]] = {
@@ -54,6 +64,10 @@ _STOPPING = re.compile(r".*(?:Server is stopping|has no available versions)")
 """What Triton says to requests that come while it unloads its models."""
 _REFUSED_BY_TRITON = re.compile(r"\[request id: [^\]]*\] |Request for unknown model")
 
+_ADDRESS = re.compile(r"(?:\[[^\s\[\]/]+\]|[^\s\[\]/:]+):(\d{1,5})")
+_NOT_CONNECTED = re.compile(r"failed to connect|errors resolving|resolution failed|empty address list")
+"""How gRPC says that there was no connection; its other words for UNAVAILABLE are about losing one."""
+
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[QuireClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.NOT_FOUND: InvalidRequestError,
@@ -64,27 +78,55 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[QuireClientError]] = {
 }
 
 
+def checked_url(url: str) -> str:
+    """`url`, if it is of the form that a client takes.
+
+    Raises:
+        InvalidRequestError: it is not. gRPC would take it for a name to look up, or add port 443.
+    """
+    match = _ADDRESS.fullmatch(url) if isinstance(url, str) else None
+    if match is None or not 1 <= int(match[1]) <= 65535:
+        raise InvalidRequestError(
+            f"url is {url!r}; it must be host:port, such as localhost:8001 or [::1]:8001, without http://"
+        )
+    return url
+
+
+def checked_timeout(timeout_s: float) -> float:
+    """`timeout_s`, if it can be given to gRPC.
+
+    Raises:
+        InvalidRequestError: it cannot.
+    """
+    if not (isinstance(timeout_s, int | float | np.number) and 0 <= timeout_s <= MAX_TIMEOUT_S):
+        raise InvalidRequestError(
+            f"timeout_s is {timeout_s!r}; it must be a number of seconds from 0 to {MAX_TIMEOUT_S:.0f}"
+        )
+    return float(timeout_s)
+
+
 def infer_request(model: str, prompt: Prompt, options: SamplingOptions, *, stream: bool) -> Any:
     """The `ModelInferRequest` for a prompt.
 
     Raises:
-        InvalidRequestError: an option is unknown, or its value does not fit its type.
+        InvalidRequestError: the prompt is neither text nor token ids, an option is unknown, or a value does
+            not fit its type.
     """
     request = service_pb2.ModelInferRequest(model_name=model)
     if isinstance(prompt, str):
         _add(request, "text_input", "BYTES", 1, _packed_strings("text_input", [prompt]))
     else:
-        ids = _packed("input_ids", "INT32", f"<{len(prompt)}i", prompt)
-        _add(request, "input_ids", "INT32", len(prompt), ids)
+        ids = _token_ids(prompt)
+        _add(request, "input_ids", "INT32", len(ids), _packed_ids(ids))
     _add(request, "stream", "BOOL", 1, struct.pack("?", stream))
     given = {"exclude_input_in_output": True} | {k: v for k, v in options.items() if v is not None}
     for name, value in given.items():
         if name == "stop":
-            strings = [value] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
+            strings = _strings(name, value)
             _add(request, name, "BYTES", len(strings), _packed_strings(name, strings))
         elif name in _OPTION_TYPES:
-            datatype, layout = _OPTION_TYPES[name]
-            _add(request, name, datatype, 1, _packed(name, datatype, layout, [value]))
+            datatype = _OPTION_TYPES[name]
+            _add(request, name, datatype, 1, _packed(name, datatype, value))
         else:
             raise InvalidRequestError(f"{name} is not an option of a request")
     return request
@@ -163,11 +205,14 @@ def error_of_message(message: str) -> QuireClientError:
     return ServerFailureError(message)
 
 
-def error_of_rpc(error: grpc.RpcError) -> QuireClientError:
-    """The exception for a call that failed as a whole."""
+def error_of_rpc(error: grpc.RpcError, address: str) -> QuireClientError:
+    """The exception for a call to `address` that failed as a whole."""
     details = error.details() or str(error.code())
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        details = f"the server cannot be reached; is it running at this address? ({details})"
+        if _NOT_CONNECTED.search(details):
+            details = f"the server cannot be reached; is it running at {address}? ({details})"
+        elif not _STOPPING.match(details):
+            details = f"the connection to the server at {address} was lost during the request ({details})"
     elif error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = "the request was not finished in the time that it was given"
     return _ERROR_OF_STATUS.get(error.code(), ServerFailureError)(details)
@@ -178,11 +223,45 @@ def _add(request: Any, name: str, datatype: str, size: int, raw: bytes) -> None:
     request.raw_input_contents.append(raw)
 
 
-def _packed(name: str, datatype: str, layout: str, values: Sequence[Any]) -> bytes:
+def _token_ids(prompt: Any) -> Sequence[int]:
+    ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    if not isinstance(ids, Sequence) or isinstance(ids, bytes | bytearray | memoryview):
+        raise InvalidRequestError(
+            f"prompt is {reprlib.repr(prompt)}; it must be a string or a sequence of token ids"
+        )
+    return ids
+
+
+def _strings(name: str, value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Iterable) or isinstance(value, bytes | bytearray | memoryview):
+        raise InvalidRequestError(
+            f"{name} is {reprlib.repr(value)}; it must be a string or a sequence of strings"
+        )
+    strings = list(value)
+    for index, string in enumerate(strings):
+        if not isinstance(string, str):
+            raise InvalidRequestError(f"{name}[{index}] is {reprlib.repr(string)}; it must be a string")
+    return strings
+
+
+def _packed_ids(ids: Sequence[int]) -> bytes:
     try:
-        return struct.pack(layout, *values)
-    except (struct.error, OverflowError) as error:
-        raise InvalidRequestError(f"{name} has a value that does not fit {datatype}: {error}") from None
+        return struct.pack(f"<{len(ids)}i", *ids)
+    except (struct.error, TypeError):
+        # One by one, the id that does not fit is named.
+        return b"".join(_packed(f"input_ids[{index}]", "INT32", id_) for index, id_ in enumerate(ids))
+
+
+def _packed(name: str, datatype: str, value: Any) -> bytes:
+    layout, limits = _LAYOUTS_AND_LIMITS[datatype]
+    try:
+        if isinstance(value, bool | np.bool_) != (datatype == "BOOL"):
+            raise TypeError
+        return struct.pack(layout, value)
+    except (struct.error, OverflowError, TypeError):
+        raise InvalidRequestError(f"{name} is {reprlib.repr(value)}; it must be {limits}") from None
 
 
 def _packed_strings(name: str, strings: Iterable[str]) -> bytes:

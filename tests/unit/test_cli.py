@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,8 +65,24 @@ def test_generate_without_a_server_says_so_in_one_line() -> None:
         url = f"127.0.0.1:{unused.getsockname()[1]}"
         result = runner.invoke(app, ["generate", "hello", "--url", url, "--timeout", "20"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: the server cannot be reached; is it running at this address?")
-    assert url in result.stderr
+    assert result.stderr.startswith(f"error: the server cannot be reached; is it running at {url}?")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--url", "http://localhost:19001"], "url is 'http://localhost:19001'; it must be host:port"),
+        (["--url", "localhost"], "url is 'localhost'; it must be host:port"),
+        (["--timeout", "1e300"], "timeout_s is 1e+300; it must be"),
+        (["--seed", "-1"], "seed is -1; it must be"),
+    ],
+    ids=str,
+)
+def test_generate_refuses_wrong_values_in_one_line(flags: list[str], message: str) -> None:
+    result = runner.invoke(app, ["generate", "hello", *flags])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
 
 
@@ -82,3 +101,65 @@ def test_a_wrong_value_is_reported_with_its_option() -> None:
 
 def test_version_is_printed() -> None:
     assert runner.invoke(app, ["--version"]).stdout == f"quire {__version__}\n"
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Interrupter:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupter())
+if sys.argv[2] == "ignored":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+before = signal.getsignal(signal.SIGINT)
+from quire.cli import app
+assert signal.getsignal(signal.SIGINT) is before
+app(sys.argv[3:])
+"""
+
+
+def interrupted_import_of(module: str, sigint: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", INTERRUPTED_IMPORT, module, sigint, *arguments]
+    return subprocess.run(program, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("typer", ["--version"]),
+        ("quire.execution.manifest", ["--version"]),
+        ("numpy", ["generate", "hello"]),
+        ("grpc", ["generate", "hello"]),
+        ("quire.launcher.server_process", ["serve", "nothing"]),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported_ends_the_program_quietly(
+    module: str, arguments: list[str]
+) -> None:
+    ended = interrupted_import_of(module, "as it is", arguments)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_while_the_commands_are_put_together_ends_the_program_quietly() -> None:
+    program = """
+import signal, typer.main
+typer.main.get_command = lambda app: signal.raise_signal(signal.SIGINT)
+from quire.cli import app
+app()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_sigint_that_is_ignored_stays_ignored() -> None:
+    ended = interrupted_import_of("typer", "ignored", ["--version"])
+    assert (ended.returncode, ended.stdout) == (0, f"quire {__version__}\n")
+
+
+def test_ctrl_c_during_a_request_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire_client.Client.stream", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    result = runner.invoke(app, ["generate", "hello"])
+    assert (result.exit_code, result.stdout) == (130, "\n")

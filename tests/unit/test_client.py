@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import re
 import struct
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from quire_client import (
     TokenStream,
     UnavailableError,
 )
+from quire_client.wire import MAX_TIMEOUT_S
 
 EVENT_TIMEOUT_S = 20
 
@@ -158,11 +161,86 @@ def test_options_arrive_with_their_types_and_omitted_ones_do_not(
 
 
 @pytest.mark.parametrize(
-    "options", [{"seed": -1}, {"max_tokens": 2**31}, {"top_k": 1.5}, {"temprature": 1.0}], ids=str
+    ("prompt", "options", "message"),
+    [
+        (b"bytes", {}, "prompt is b'bytes'; it must be a string or a sequence of token ids"),
+        (None, {}, "prompt is None; it must be"),
+        (5, {}, "prompt is 5; it must be"),
+        ({1: 2}, {}, "prompt is {1: 2}; it must be"),
+        (np.array(5), {}, "prompt is array(5); it must be"),
+        ([1, "a"], {}, "input_ids[1] is 'a'; it must be an integer from -2147483648 to 2147483647"),
+        (
+            [1, 2, 2**31],
+            {},
+            "input_ids[2] is 2147483648; it must be an integer from -2147483648 to 2147483647",
+        ),
+        (np.array([[1, 2]]), {}, "input_ids[0] is [1, 2]; it must be an integer"),
+        ("a", {"stop": 5}, "stop is 5; it must be a string or a sequence of strings"),
+        ("a", {"stop": b"x"}, "stop is b'x'; it must be a string or a sequence of strings"),
+        ("a", {"stop": ["x", 5]}, "stop[1] is 5; it must be a string"),
+        (
+            "a",
+            {"max_tokens": 99999999999},
+            "max_tokens is 99999999999; it must be an integer from -2147483648 to 2147483647",
+        ),
+        ("a", {"max_tokens": True}, "max_tokens is True; it must be an integer"),
+        ("a", {"seed": -1}, "seed is -1; it must be an integer from 0 to 18446744073709551615"),
+        ("a", {"top_k": 1.5}, "top_k is 1.5; it must be an integer"),
+        ("a", {"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ("a", {"temperature": 1e300}, "temperature is 1e+300; it must be a number from -3.4e38 to 3.4e38"),
+        ("a", {"exclude_input_in_output": "no"}, "exclude_input_in_output is 'no'; it must be True or False"),
+        ("a", {"temprature": 1.0}, "temprature is not an option of a request"),
+        (
+            "a",
+            {"timeout_s": 1e300},
+            "timeout_s is 1e+300; it must be a number of seconds from 0 to 1000000000",
+        ),
+        ("a", {"timeout_s": float("nan")}, "timeout_s is nan; it must be"),
+        ("a", {"timeout_s": -1}, "timeout_s is -1; it must be"),
+        ("a", {"timeout_s": "5"}, "timeout_s is '5'; it must be"),
+    ],
+    ids=str,
 )
-def test_an_option_that_cannot_be_sent_is_refused_by_name(client: Client, options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequestError, match=next(iter(options))):
-        client.generate("a", **options)
+def test_what_cannot_be_sent_is_refused_with_field_value_and_limit(
+    client: Client, service: EchoService, prompt: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(message)):
+        client.generate(prompt, **options)
+    assert not service.requests
+
+
+@pytest.mark.parametrize("prompt", [(7, 8), range(7, 9), np.array([7, 8])], ids=str)
+def test_any_sequence_of_token_ids_may_be_sent(client: Client, service: EchoService, prompt: Any) -> None:
+    client.generate(prompt, timeout_s=MAX_TIMEOUT_S)
+    assert service.requests[0]["input_ids"] == ("INT32", [2], struct.pack("<2i", 7, 8))
+
+
+WRONG_URLS = [
+    "http://localhost:8001",
+    "localhost",
+    "",
+    "localhost:",
+    ":8001",
+    "::1",
+    "h:0",
+    "h:65536",
+    "h:x",
+    5,
+]
+
+
+@pytest.mark.parametrize("url", WRONG_URLS, ids=str)
+@pytest.mark.parametrize("client_class", [Client, AsyncClient])
+def test_a_url_that_is_not_host_and_port_is_refused(
+    client_class: type[Client | AsyncClient], url: Any
+) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(f"url is {url!r}; it must be host:port")):
+        client_class(url)
+
+
+@pytest.mark.parametrize("url", ["localhost:8001", "10.0.0.1:1", "[::1]:8001", "[fe80::1%eth0]:65535"])
+def test_hosts_and_addresses_with_a_port_are_taken(url: str) -> None:
+    Client(url).close()
 
 
 @pytest.mark.parametrize(
@@ -246,10 +324,53 @@ def test_without_a_server_requests_are_unavailable_and_health_is_false() -> None
     with Client("127.0.0.1:1") as client:
         assert not client.is_live()
         assert not client.is_ready()
-        with pytest.raises(UnavailableError):
+        unreachable = "cannot be reached; is it running at 127.0.0.1:1\\?"
+        with pytest.raises(UnavailableError, match=unreachable):
             client.generate("a", timeout_s=EVENT_TIMEOUT_S)
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError, match=unreachable):
             client.model_info()
+
+
+DYING_SERVER = """
+import os, signal
+from concurrent import futures
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
+    def ModelStreamInfer(self, request_iterator, context):
+        next(request_iterator)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+server = grpc.server(futures.ThreadPoolExecutor(1))
+service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(), server)
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+print(port, flush=True)
+server.wait_for_termination()
+"""
+
+
+@contextlib.contextmanager
+def server_that_dies_of_a_request() -> Iterator[str]:
+    with subprocess.Popen([sys.executable, "-c", DYING_SERVER], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield f"127.0.0.1:{int(server.stdout.readline())}"
+        finally:
+            server.kill()
+
+
+async def test_a_connection_lost_during_a_request_is_told_from_one_never_made() -> None:
+    lost = "the connection to the server at {} was lost during the request"
+    with server_that_dies_of_a_request() as url:
+        client = Client(url)
+        with client, pytest.raises(UnavailableError, match=lost.format(url)):
+            client.generate("a", timeout_s=EVENT_TIMEOUT_S)
+    with server_that_dies_of_a_request() as url:
+        async with AsyncClient(url) as async_client:
+            with pytest.raises(UnavailableError, match=lost.format(url)):
+                await async_client.generate("a", timeout_s=EVENT_TIMEOUT_S)
 
 
 async def test_async_client_generates_streams_and_describes(url: str) -> None:
