@@ -121,9 +121,13 @@ app(sys.argv[3:])
 """
 
 
+HEARING_SIGINT = ("env", "--default-signal=INT")
+"""Before a command: undo that whoever started the tests has it ignored, as a shell's `&` does."""
+
+
 def interrupted_import_of(module: str, sigint: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", INTERRUPTED_IMPORT, module, sigint, *arguments]
-    return subprocess.run(program, capture_output=True, text=True, timeout=60)
+    return subprocess.run([*HEARING_SIGINT, *program], capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,8 @@ typer.main.get_command = lambda app: signal.raise_signal(signal.SIGINT)
 from quire.cli import app
 app()
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    command = [*HEARING_SIGINT, sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
@@ -161,5 +166,9 @@ def test_a_sigint_that_is_ignored_stays_ignored() -> None:
 
 def test_ctrl_c_during_a_request_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quire_client.Client.stream", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    result = runner.invoke(app, ["generate", "hello"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = runner.invoke(app, ["generate", "hello"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (result.exit_code, result.stdout) == (130, "\n")
