@@ -184,7 +184,7 @@ class EngineCore:
             assert output.logits is not None, "a step that was not sampled returns its logits"
             token_ids = self._sampler.sample(output.logits, step.prepared.sampling)
         else:
-            token_ids = output.sampled_ids.copy()  # that array is valid until the next step is submitted
+            token_ids = output.sampled_ids
             if token_ids.size and token_ids.min() < 0:
                 row = int(np.flatnonzero(token_ids < 0)[0])
                 raise EngineStepError(f"the best logit of row {row} is not a finite number")

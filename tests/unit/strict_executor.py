@@ -97,7 +97,7 @@ class StrictExecutor:
         sampled_ids = self._sampled_ids[: len(logits)]
         sampled_ids[:] = -1
         sampled_ids[usable] = Sampler().sample_packed(logits[usable], inputs.sampling[usable])
-        return StepOutput(None, sampled_ids, self.pool)
+        return StepOutput(None, sampled_ids.copy(), self.pool)
 
 
 class StrictStep:

@@ -29,7 +29,7 @@ class StepOutput:
     """[N, vocab_size], one row for each entry of `logits_indices`; valid until the next step is submitted.
     May be None where `sampled_ids` are given."""
     sampled_ids: NDArray[np.int32] | None
-    """[N] tokens, valid as long; -1 where the best logit of the row is not a finite number. None where the
+    """[N] tokens, the caller's own; -1 where the best logit of the row is not a finite number. None where the
     step's inputs had no `sampling`."""
     pool_info: PoolInfo
 

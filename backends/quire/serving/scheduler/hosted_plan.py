@@ -189,7 +189,7 @@ def _run(call: _Call) -> StepOutput:
     pool = PoolInfo(num_blocks, epoch)
     if "logits" in outputs:
         return StepOutput(outputs["logits"][: call.num_rows], None, pool)
-    return StepOutput(None, outputs["sampled_ids"][: call.num_rows], pool)
+    return StepOutput(None, outputs["sampled_ids"][: call.num_rows].copy(), pool)
 
 
 def _greedy(num_rows: int) -> NDArray[np.float32]:
