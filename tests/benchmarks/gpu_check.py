@@ -63,7 +63,7 @@ from quire_build.gate import compare, describe, gate_workload, thresholds
 from quire_build.quantization import PLANS
 from quire_build.torch_executor import TorchExecutor
 
-BATCHES, CONTEXTS, PREFILLS = (1, 8, 32, 64, 128, 256, 512, 1024), (200, 2000), (512, 2048, 8192)
+BATCHES, CONTEXTS, PREFILLS = (1, 8, 32, 64, 128, 192, 256, 384, 512, 1024), (200, 2000), (512, 2048, 8192)
 ROOM = 64
 """Tokens that a sequence may grow by while decode steps are timed."""
 ROUNDING = 0.1

@@ -21,7 +21,7 @@ from quire_build.tensorrt.hosted_memory import activation_bytes, host_reserve_by
 from quire_build.tensorrt.machine import Gpu
 from quire_build.tensorrt.operators import PagedAttend, Sample
 from quire_build.tensorrt.operators.assign_splits import num_spare
-from quire_build.tensorrt.plan import keep_timing_cache, set_timing_cache
+from quire_build.tensorrt.plan import keep_timing_cache, profile_ranges, set_timing_cache
 
 LIMITS = EngineLimits(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=4096)
 ELEMENT_BYTES = {"fp32": 4, "i32": 4}
@@ -82,12 +82,13 @@ def test_every_profile_has_a_context_with_memory_for_the_largest_step() -> None:
     one_profile = EngineLimits(max_num_seqs=16, max_num_batched_tokens=16, max_model_len=4096)
     all_profiles = host_reserve_bytes(LLAMA_8B, LIMITS, 2)
     logits = 4 * 128256
-    assert all_profiles - 256 * logits - 8 * activation_bytes(LLAMA_8B, LIMITS, 2) == (
+    contexts = len(profile_ranges(LIMITS))
+    assert all_profiles - 256 * logits - contexts * activation_bytes(LLAMA_8B, LIMITS, 2) == (
         host_reserve_bytes(LLAMA_8B, one_profile, 2)
         - 16 * logits
         - activation_bytes(LLAMA_8B, one_profile, 2)
     )
-    assert 6 << 30 < all_profiles < 8 << 30
+    assert 8 << 30 < all_profiles < 10 << 30
 
 
 def test_the_pool_gets_what_weights_and_reserve_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,11 @@ from quire_build.tensorrt.machine import Gpu, this_gpu
 from quire_build.tensorrt.network import NetworkWriter, PoolLayout
 from quire_build.tensorrt.plugins import register_plugins
 
-PROFILE_ENDS = (16, 32, 64, 128, 256, 512, 1024)
-"""Tokens at which a profile ends and the next begins: kernels want other tiles beyond."""
+PROFILE_ENDS = (16, 32, 64, 128, 192, 256, 384, 512, 1024)
+"""Tokens at which a profile ends and the next begins: kernels want other tiles beyond.
+
+TensorRT times tiles at a profile's end: what is fastest at 256 or 512 tokens is not at 192 or 384.
+"""
 FP8_ARCHITECTURE = 89
 """Compute capability from which on GPUs convert e4m3."""
 LARGEST_TENSOR = 2**31 - 1
