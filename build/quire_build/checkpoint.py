@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from quire.errors import CheckpointError, UnsupportedModelError
 from quire.execution.manifest import file_digest
 from quire.serving.frontend.generation_defaults import GenerationDefaults
+from quire.text.tokenizer import Tokenizer
 from quire_build.decoder_config import DecoderConfig
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ class Checkpoint:
         if not (directory / "config.json").exists():
             raise CheckpointError(f"{directory} is no Hugging Face checkpoint: it has no config.json")
         config = DecoderConfig.from_huggingface(_read_json(directory / "config.json"))
+        # What serving would refuse is refused here.
         GenerationDefaults.from_directory(directory)
-        _check_tokenizer(directory / "tokenizer.json")
+        Tokenizer.from_directory(directory)
         tensor_files = _locate_tensors(directory)
         serving_files = tuple(name for name in SERVING_FILES if (directory / name).is_file())
         index = (INDEX,) if (directory / INDEX).is_file() else ()
@@ -225,17 +226,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return content
-
-
-def _check_tokenizer(path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is missing; Quire reads the tokenizer from it (save a fast tokenizer beside the weights)"
-        )
-    try:
-        Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
 
 
 def _digest(directory: Path, names: set[str]) -> str:

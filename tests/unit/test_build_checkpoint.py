@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,8 +67,25 @@ def test_what_config_json_implies_may_be_stored_too(directory: Path, read: Read)
     read(Checkpoint.open(directory), NUM_POSITIONS)
 
 
-@pytest.mark.parametrize("content", ['{"temperature": -3}', '{"top_p": 0}', "[]", "{"])
-def test_generation_defaults_that_serving_would_refuse_are_refused(directory: Path, content: str) -> None:
-    (directory / "generation_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", '{"temperature": -3}'),
+        ("generation_config.json", '{"top_p": 0}'),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", "{"),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", '{"bos_token": 1}'),
+        ("tokenizer_config.json", "{"),
+    ],
+)
+def test_what_serving_would_refuse_is_refused(directory: Path, name: str, content: str) -> None:
+    (directory / name).write_text(content)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        Checkpoint.open(directory)
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         Checkpoint.open(directory)

@@ -49,7 +49,9 @@ class Tokenizer:
         """
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; Quire needs the tokenizer in that format")
+            raise CheckpointError(
+                f"{path} is missing; Quire reads the tokenizer from it: save a fast one beside the weights"
+            )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
