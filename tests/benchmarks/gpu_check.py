@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -415,6 +415,18 @@ def measure_decode(name: str, results: Results, loaded: LoadedPlan, peer: Peer, 
             )
 
 
+def limited_too(
+    workloads: Sequence[tuple[int, int, int, int]], loaded: LoadedPlan
+) -> Iterator[tuple[int, int, int, int]]:
+    """The workloads, and those that preempt because the pool is small with no more running than it holds."""
+    for count, prompt_tokens, output_tokens, max_num_seqs in workloads:
+        yield count, prompt_tokens, output_tokens, max_num_seqs
+        blocks = -(-(prompt_tokens + output_tokens) // BLOCK_SIZE)
+        held = (loaded.engine.pool_info.num_blocks - 1) // blocks
+        if held < min(max_num_seqs, count):
+            yield count, prompt_tokens, output_tokens, held
+
+
 def measure_requests(
     results: Results,
     loaded: LoadedPlan,
@@ -424,7 +436,7 @@ def measure_requests(
 ) -> None:
     vocab_size = loaded.engine.manifest.model.vocab_size
     generate(loaded.executor, random_prompts(64, 128, vocab_size, seed=1), 8)
-    for count, prompt_tokens, output_tokens, max_num_seqs in workloads:
+    for count, prompt_tokens, output_tokens, max_num_seqs in limited_too(workloads, loaded):
         workload = f"{count} x {prompt_tokens}/{output_tokens}"
         needed_s = count * output_tokens / SLOWEST_TOKENS_PER_S
         if clock.left_s < needed_s:
