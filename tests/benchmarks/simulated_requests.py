@@ -41,7 +41,10 @@ class StepTimes:
         decode: dict[tuple[int, int], float] = {
             tuple(row["decode"]): row["ms"] for row in rows if "ms" in row and "decode" in row
         }
-        short, long = sorted({context for _, context in decode})
+        contexts = sorted({context for _, context in decode})
+        if len(contexts) != 2:
+            raise SystemExit(f"the decode steps have contexts of {contexts} tokens; two are needed")
+        short, long = contexts
         most = max(batch for batch, context in decode if context == long)
         read = most * (long - short) * self._token_bytes
         self.kv_bytes_per_ms: float = read / (decode[most, long] - decode[most, short])

@@ -1,4 +1,4 @@
-"""A checkpoint is refused unless config.json accounts for all of it."""
+"""A checkpoint is refused unless config.json accounts for all of it and serving can read its files."""
 
 from __future__ import annotations
 

@@ -124,6 +124,16 @@ def press_ctrl_c() -> None:
     signal.pthread_kill(main, signal.SIGINT)
 
 
+def ctrl_c_at(said: str) -> Callable[[str], None]:
+    """What sees lines of the server, and presses Ctrl-C at one of them."""
+
+    def see(line: str) -> None:
+        if line == said:
+            press_ctrl_c()
+
+    return see
+
+
 def await_that_the_main_thread_waits() -> None:
     """Not for this thread, which leaves it time, but for something that does not come meanwhile."""
     state = Path(f"/proc/self/task/{os.getpid()}/syscall")
@@ -164,13 +174,9 @@ def test_what_a_component_said_is_why_a_server_that_crashed_is_ended() -> None:
 
 
 def test_ctrl_c_is_heard_while_a_server_that_crashed_has_time_to_end() -> None:
-    def interrupt(line: str) -> None:
-        if line == CRASH:
-            press_ctrl_c()
-
     run = Run(ready=True, ends=False)
     with pytest.raises(QuireError, match=NOT_ENDED):
-        run(crash_grace_s=NEVER_S, see=interrupt)
+        run(crash_grace_s=NEVER_S, see=ctrl_c_at(CRASH))
     assert run.reports[-1] == STOPPING
 
 
@@ -219,13 +225,11 @@ def test_requests_get_half_of_a_short_exit_timeout(monkeypatch: pytest.MonkeyPat
         times.append(timeout_s)
         return ""
 
-    def interrupt(line: str) -> None:
-        if line == WORKING:
-            press_ctrl_c()
-
     monkeypatch.setattr("quire.launcher.server_process.ask_scheduler", ask)
     run = Run(ready=True, ends=False, says=WORKING)
-    run(crash_grace_s=NEVER_S, exit_timeout_s=1, see=interrupt)  # less than the server itself is given
+    run(
+        crash_grace_s=NEVER_S, exit_timeout_s=1, see=ctrl_c_at(WORKING)
+    )  # less than the server itself is given
     assert DRAINING in run.reports
     assert 0 < times[0] <= 0.5
 
@@ -242,15 +246,15 @@ def test_a_second_ctrl_c_that_another_thread_gets_is_heard_while_requests_finish
         over.wait(PATIENCE_S)
         return ""
 
-    def interrupt(line: str) -> None:
-        if line == WORKING:
-            press_ctrl_c()
-
     monkeypatch.setattr("quire.launcher.server_process.ask_scheduler", press_again)
     run = Run(ready=True, ends=False, says=WORKING)
     asked = time.monotonic()
     try:
-        run(crash_grace_s=NEVER_S, exit_timeout_s=SERVER_EXIT_TIMEOUT_S + PATIENCE_S, see=interrupt)
+        run(
+            crash_grace_s=NEVER_S,
+            exit_timeout_s=SERVER_EXIT_TIMEOUT_S + PATIENCE_S,
+            see=ctrl_c_at(WORKING),
+        )
     finally:
         over.set()
     assert run.reports[-2:] == [KILLING, "stopped"]
